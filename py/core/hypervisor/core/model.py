@@ -1,0 +1,309 @@
+"""Domain values: what the store keeps and the parts of the platform hand to one another.
+
+They are frozen; change one with ``msgspec.structs.replace``. In the store each is JSON with a schema version
+(field ``v``); see :func:`encode` and :func:`decode`. Times are aware datetimes in UTC, sizes bytes, processors
+thousandths of a core (:mod:`hypervisor.core.resources`). The wire types (``*_pb2``) meet these only at the edges.
+"""
+
+from datetime import datetime
+from typing import TypeVar
+
+import msgspec
+
+from hypervisor.core.errors import Internal
+from hypervisor.core.resources import GIB, MIB, ZERO, Resources
+from hypervisor.core.states import (
+    DesiredState,
+    InstanceStatus,
+    InstanceType,
+    LabelOperator,
+    NodeRole,
+    NodeStatus,
+    OperationState,
+    PlacementPolicy,
+)
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "Allocation",
+    "Capability",
+    "ConsoleSize",
+    "DriverInfo",
+    "ErrorRecord",
+    "Instance",
+    "InstanceSpec",
+    "InstanceStats",
+    "LabelConstraint",
+    "Node",
+    "NodeResources",
+    "Observation",
+    "OperationRecord",
+    "decode",
+    "encode",
+]
+
+SCHEMA_VERSION = 1
+
+
+class LabelConstraint(msgspec.Struct, frozen=True, kw_only=True):
+    """A condition on one label of a node; see LabelConstraint in instance.proto."""
+
+    key: str
+    operator: LabelOperator = LabelOperator.IN
+    values: tuple[str, ...] = ()
+
+
+class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What an instance shall be; see InstanceSpec in instance.proto for each field's meaning and limits."""
+
+    image: str = ""
+    cpu_millis: int = 1000
+    memory_mb: int = 256
+    disk_gb: int = 0
+    kernel_path: str = ""
+    initrd_path: str = ""
+    kernel_args: str = ""
+    command: tuple[str, ...] = ()
+    env: dict[str, str] = {}
+    working_dir: str = ""
+    pids_limit: int = 4096
+    node_selector: tuple[LabelConstraint, ...] = ()
+    placement_policy: PlacementPolicy | None = None
+    node: str = ""
+
+    @property
+    def resources(self) -> Resources:
+        """What it holds on its node."""
+        return Resources(
+            cpu_millis=self.cpu_millis, memory_bytes=self.memory_mb * MIB, disk_bytes=self.disk_gb * GIB
+        )
+
+
+class Instance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The record of one instance. ``resource_version`` is not stored: it is the store's ``mod_revision``."""
+
+    id: str
+    name: str
+    project: str
+    type: InstanceType
+    spec: InstanceSpec
+    status: InstanceStatus
+    desired: DesiredState
+    created_at: datetime
+    updated_at: datetime
+    labels: dict[str, str] = {}
+    node_id: str = ""
+    status_reason: str = ""
+    status_message: str = ""
+    exit_code: int | None = None
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    generation: int = 1
+    epoch: int = 1
+    operation_id: str = ""
+    runtime: str = ""
+    observed_sequence: int = 0
+    transition_deadline: datetime | None = None
+    """Past it the reconciler re-drives a transitional state."""
+    v: int = SCHEMA_VERSION
+
+
+class InstanceStats(msgspec.Struct, frozen=True, kw_only=True):
+    """One sample of an instance's use; None where its driver cannot know. See InstanceStats in instance.proto."""
+
+    sampled_at: datetime
+    cpu_usage_ns: int | None = None
+    cpu_used_cores: float | None = None
+    cpu_throttled_periods: int | None = None
+    memory_used_bytes: int | None = None
+    memory_working_set_bytes: int | None = None
+    memory_limit_bytes: int | None = None
+    oom_kills: int | None = None
+    pids: int | None = None
+    block_read_bytes: int | None = None
+    block_write_bytes: int | None = None
+    network_receive_bytes: int | None = None
+    network_transmit_bytes: int | None = None
+
+
+class Observation(msgspec.Struct, frozen=True, kw_only=True):
+    """An instance as its agent sees it. ``sequence`` rises with every observation the agent makes of it."""
+
+    instance_id: str
+    generation: int
+    epoch: int
+    status: InstanceStatus
+    observed_at: datetime
+    sequence: int = 0
+    reason: str = ""
+    message: str = ""
+    exit_code: int | None = None
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    runtime: str = ""
+
+
+class ConsoleSize(msgspec.Struct, frozen=True):
+    """Size of a terminal in characters."""
+
+    width: int
+    height: int
+
+
+class NodeResources(msgspec.Struct, frozen=True, kw_only=True):
+    """What a node has and what of it is in use, as measured on it."""
+
+    cpu_millis: int = 0
+    cpu_used_millis: int = 0
+    memory_bytes: int = 0
+    memory_used_bytes: int = 0
+    disk_bytes: int = 0
+    disk_used_bytes: int = 0
+
+    @property
+    def capacity(self) -> Resources:
+        """What may be reserved."""
+        return Resources(
+            cpu_millis=self.cpu_millis, memory_bytes=self.memory_bytes, disk_bytes=self.disk_bytes
+        )
+
+
+class Capability(msgspec.Struct, frozen=True, kw_only=True):
+    """One verb a driver has or lacks; ``reason`` says why it lacks it."""
+
+    verb: str
+    supported: bool
+    reason: str = ""
+
+
+class DriverInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A driver on a node; unavailable ones are listed with the reason."""
+
+    name: str
+    types: tuple[InstanceType, ...]
+    available: bool
+    reason: str = ""
+    version: str = ""
+    capabilities: tuple[Capability, ...] = ()
+
+    def lacks(self, verb: str) -> Capability | None:
+        """The capability record of a verb this driver does not have, else None."""
+        for capability in self.capabilities:
+            if capability.verb == verb:
+                return None if capability.supported else capability
+        return Capability(verb=verb, supported=False, reason=f"driver {self.name} does not know {verb}")
+
+
+class Node(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The record of one node. Measured use is not part of it: heartbeats would change it all the time."""
+
+    id: str
+    hostname: str
+    address: str
+    port: int
+    created_at: datetime
+    updated_at: datetime
+    region: str = "default"
+    zone: str = "default"
+    role: NodeRole = NodeRole.WORKER
+    status: NodeStatus = NodeStatus.READY
+    capacity: Resources = ZERO
+    labels: dict[str, str] = {}
+    drivers: tuple[DriverInfo, ...] = ()
+    schedulable: bool = True
+    cordon_reason: str = ""
+    status_message: str = ""
+    agent_version: str = ""
+    incarnation: str = ""
+    lease_id: str = ""
+    simulated: bool = False
+    v: int = SCHEMA_VERSION
+
+    def driver_for(self, kind: InstanceType) -> DriverInfo | None:
+        """The driver that runs this type here, available or not; None when there is none."""
+        found = [d for d in self.drivers if kind in d.types]
+        return next((d for d in found if d.available), found[0] if found else None)
+
+
+class Allocation(msgspec.Struct, frozen=True, kw_only=True):
+    """What placed instances hold on a node: always the sum of their specs. Its key is changed by placements only."""
+
+    node_id: str
+    reserved: Resources = ZERO
+    instances: int = 0
+    v: int = SCHEMA_VERSION
+
+
+class ErrorRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An error as an operation keeps it: class name in core.errors, reason, message, metadata."""
+
+    kind: str
+    reason: str
+    message: str
+    metadata: dict[str, str] = {}
+
+
+class OperationRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The durable record of one mutating call."""
+
+    id: str
+    verb: str
+    object_kind: str
+    object_id: str
+    object_name: str
+    principal: str
+    started_at: datetime
+    state: OperationState = OperationState.RUNNING
+    project: str = ""
+    request_id: str = ""
+    payload_digest: str = ""
+    """SHA-256 of the request: the same request_id with another payload is refused."""
+    server_id: str = ""
+    progress_percent: int = 0
+    progress_message: str = ""
+    error: ErrorRecord | None = None
+    finished_at: datetime | None = None
+    cancel_requested: bool = False
+    grace_period_s: float | None = None
+    """Of a stop, restart or delete: kept so that another server can finish it as it was asked for."""
+    v: int = SCHEMA_VERSION
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, however."""
+        return self.state is not OperationState.RUNNING
+
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+_ENCODER = msgspec.json.Encoder()
+_DECODERS: dict[type[msgspec.Struct], msgspec.json.Decoder[msgspec.Struct]] = {}
+
+
+def encode(value: msgspec.Struct) -> bytes:
+    """The stored form of a record: JSON."""
+    return _ENCODER.encode(value)
+
+
+def decode(kind: type[T], data: bytes, *, key: str) -> T:
+    """The record stored under ``key``.
+
+    Raises Internal (reason ``RECORD_UNREADABLE``) for damaged or newer data, naming the key: never guesses.
+    """
+    decoder = _DECODERS.get(kind)
+    if decoder is None:
+        decoder = _DECODERS[kind] = msgspec.json.Decoder(kind)
+    try:
+        value = decoder.decode(data)
+    except msgspec.MsgspecError as exc:
+        raise Internal(
+            f"the record {key} cannot be read: {exc}", reason="RECORD_UNREADABLE", metadata={"key": key}
+        ) from exc
+    assert isinstance(value, kind)
+    if getattr(value, "v", SCHEMA_VERSION) > SCHEMA_VERSION:
+        raise Internal(
+            f"the record {key} was written by a newer version of Hypervisor: upgrade this server",
+            reason="RECORD_UNREADABLE",
+            metadata={"key": key},
+        )
+    return value

@@ -1,0 +1,331 @@
+"""The boundary between the API (``api/``, wire types in, wire types out) and the work (domain values only).
+
+The handlers in ``api/`` authenticate, parse and validate, then call one of the services below; the services decide,
+commit and talk to agents. Neither side knows the other's types: no ``*_pb2`` on this side, no store key on that one.
+Implementations: ``instances.py``, ``nodes.py``, ``operations.py``, ``view.py``; ``app.py`` wires them.
+All methods raise classes of :mod:`hypervisor.core.errors` only.
+"""
+
+from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Generic, Protocol, TypeVar
+
+import msgspec
+
+from hypervisor.core.model import (
+    Allocation,
+    ConsoleSize,
+    DriverInfo,
+    Instance,
+    InstanceSpec,
+    InstanceStats,
+    Node,
+    NodeResources,
+    Observation,
+    OperationRecord,
+)
+from hypervisor.core.states import DesiredState, InstanceType, NodeRole
+
+__all__ = [
+    "Caller",
+    "ClusterChange",
+    "ClusterView",
+    "ConsoleEvent",
+    "ConsoleSession",
+    "HeartbeatTimes",
+    "InstanceDraft",
+    "InstanceRef",
+    "Instances",
+    "Kind",
+    "Mutation",
+    "NodeRegistration",
+    "Nodes",
+    "Operations",
+    "StopOptions",
+    "Versioned",
+]
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class Kind(StrEnum):
+    """Kinds of objects that have events."""
+
+    NODE = "node"
+    INSTANCE = "instance"
+    OPERATION = "operation"
+
+
+@dataclass(frozen=True, slots=True)
+class Versioned(Generic[T]):
+    """A record and the store revision of its last change (what users see as ``resource_version``)."""
+
+    value: T
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterChange:
+    """One change of one object. ``current`` is None for a deletion, ``previous`` for a creation."""
+
+    kind: Kind
+    object_id: str
+    revision: int
+    current: Versioned[Node] | Versioned[Instance] | Versioned[OperationRecord] | None
+    previous: Versioned[Node] | Versioned[Instance] | Versioned[OperationRecord] | None
+    last_of_revision: bool
+
+
+class ClusterView(Protocol):
+    """The whole cluster in memory, fed by the store's watch. Reads never wait and never fail.
+
+    Everything read between two awaits is one consistent state, true at ``revision``.
+    """
+
+    @property
+    def revision(self) -> int:
+        """Store revision this view is true at."""
+        ...
+
+    @property
+    def stale(self) -> bool:
+        """Whether the store cannot be reached, so that newer changes may exist."""
+        ...
+
+    def instance(self, instance_id: str) -> Versioned[Instance] | None: ...
+
+    def instance_named(self, project: str, name: str) -> Versioned[Instance] | None: ...
+
+    def instances(self) -> Iterable[Versioned[Instance]]: ...
+
+    def instances_on(self, node_id: str) -> Iterable[Versioned[Instance]]: ...
+
+    def node(self, node_id: str) -> Versioned[Node] | None: ...
+
+    def node_named(self, hostname: str) -> Versioned[Node] | None: ...
+
+    def nodes(self) -> Iterable[Versioned[Node]]: ...
+
+    def allocation(self, node_id: str) -> Allocation:
+        """What is reserved on the node (zero when nothing is)."""
+        ...
+
+    def operation(self, operation_id: str) -> Versioned[OperationRecord] | None: ...
+
+    def operation_of_request(self, request_id: str) -> Versioned[OperationRecord] | None: ...
+
+    def operations(self) -> Iterable[Versioned[OperationRecord]]: ...
+
+    async def wait_revision(self, revision: int) -> None:
+        """Return once this view has seen ``revision``: read your own writes."""
+        ...
+
+    def changes(self, *, after_revision: int | None) -> AsyncIterator[tuple[ClusterChange, ...]]:
+        """Changes after the revision (None: from now on), all of one revision together, in order, none left out.
+
+        An empty tuple is a progress mark (look at ``revision``). Raises ``Compacted`` (from the storage contract) when
+        the history is gone. Any number of consumers; a slow one is served from the store's history and holds up
+        nobody.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who calls, and under which request id (for the log and the agents)."""
+
+    principal: str
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """What all mutating calls carry. ``request_id`` is the user's (may be empty), apart from ``Caller.request_id``.
+
+    ``payload_digest`` identifies the request without its request_id. With ``wait`` the call returns when the operation
+    is done, and raises its error if it failed (metadata ``operation_id``).
+    """
+
+    caller: Caller
+    request_id: str
+    payload_digest: str
+    wait: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceRef:
+    """An instance by id or name, and the version the caller has seen (0: any)."""
+
+    instance: str
+    project: str = "default"
+    resource_version: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StopOptions:
+    """How to stop: seconds between the polite request and the forced end (0: force at once)."""
+
+    grace_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceDraft:
+    """A validated create request."""
+
+    name: str
+    project: str
+    type: InstanceType
+    spec: InstanceSpec
+    labels: Mapping[str, str]
+    desired: DesiredState = DesiredState.RUNNING
+
+
+class ConsoleEvent(Protocol):
+    """Marker for what a console session yields: see ``agents.py`` (ConsoleOpened, ConsoleData, ConsoleSkipped,
+    ConsoleClosed)."""
+
+
+class ConsoleSession(Protocol):
+    """A console of an instance, through its agent."""
+
+    def output(self) -> AsyncIterator[ConsoleEvent]: ...
+
+    async def send(self, data: bytes) -> None: ...
+
+    async def resize(self, size: ConsoleSize) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+
+class Instances(Protocol):
+    """Instances and what is done with them; the rules are those of ComputeService in compute.proto."""
+
+    async def create(self, draft: InstanceDraft, mutation: Mutation) -> Versioned[OperationRecord]: ...
+
+    async def plan(self, draft: InstanceDraft) -> Instance:
+        """Validate and schedule only: the instance as it would be (empty id)."""
+        ...
+
+    async def start(self, ref: InstanceRef, mutation: Mutation) -> Versioned[OperationRecord]: ...
+
+    async def stop(
+        self, ref: InstanceRef, mutation: Mutation, *, options: StopOptions
+    ) -> Versioned[OperationRecord]: ...
+
+    async def restart(
+        self, ref: InstanceRef, mutation: Mutation, *, options: StopOptions
+    ) -> Versioned[OperationRecord]: ...
+
+    async def delete(
+        self, ref: InstanceRef, mutation: Mutation, *, options: StopOptions, force: bool
+    ) -> Versioned[OperationRecord]: ...
+
+    def resolve(self, ref: InstanceRef) -> Versioned[Instance]:
+        """The instance meant, from memory. NotFound (INSTANCE_NOT_FOUND), Conflict (RESOURCE_VERSION_MISMATCH)."""
+        ...
+
+    async def stats(self, ref: InstanceRef, caller: Caller) -> InstanceStats: ...
+
+    def watch_stats(
+        self, ref: InstanceRef, caller: Caller, *, interval_s: float
+    ) -> AsyncIterator[InstanceStats]: ...
+
+    def last_stats(self, instance_id: str) -> InstanceStats | None:
+        """The newest sample that came with a heartbeat to this server."""
+        ...
+
+    async def attach_console(
+        self,
+        ref: InstanceRef,
+        caller: Caller,
+        *,
+        read_only: bool,
+        replay_bytes: int,
+        size: ConsoleSize | None,
+    ) -> ConsoleSession: ...
+
+
+class Operations(Protocol):
+    """The history of mutating calls. ``operation`` is an operation id or a user's request_id."""
+
+    def get(self, operation: str) -> Versioned[OperationRecord]: ...
+
+    async def wait(self, operation: str, *, timeout_s: float | None) -> Versioned[OperationRecord]:
+        """Return when it is done or the time is over, as it is then."""
+        ...
+
+    async def cancel(self, operation: str, caller: Caller) -> Versioned[OperationRecord]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRegistration:
+    """What an agent says of its node."""
+
+    id: str
+    hostname: str
+    address: str
+    port: int
+    region: str
+    zone: str
+    role: NodeRole
+    resources: NodeResources
+    labels: Mapping[str, str]
+    drivers: tuple[DriverInfo, ...]
+    agent_version: str
+    incarnation: str
+    simulated: bool
+    observations: tuple[Observation, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HeartbeatTimes:
+    """How often to send heartbeats and after how long without one a node is lost, in seconds."""
+
+    interval_s: float
+    timeout_s: float
+
+
+class Nodes(Protocol):
+    """Nodes; the rules are those of ClusterService in cluster.proto."""
+
+    async def register(self, registration: NodeRegistration) -> tuple[Versioned[Node], HeartbeatTimes]: ...
+
+    async def heartbeat(
+        self,
+        node_id: str,
+        incarnation: str,
+        resources: NodeResources,
+        stats: Mapping[str, InstanceStats],
+    ) -> HeartbeatTimes: ...
+
+    async def update_status(
+        self,
+        node_id: str,
+        incarnation: str,
+        *,
+        drivers: tuple[DriverInfo, ...] | None,
+        observations: tuple[Observation, ...],
+    ) -> tuple[str, ...]:
+        """Record what changed on a node; returns the ids of instances it should not have."""
+        ...
+
+    async def deregister(
+        self, node: str, mutation: Mutation, *, resource_version: int
+    ) -> Versioned[OperationRecord]: ...
+
+    async def cordon(
+        self, node: str, mutation: Mutation, *, reason: str, resource_version: int
+    ) -> Versioned[OperationRecord]: ...
+
+    async def uncordon(
+        self, node: str, mutation: Mutation, *, resource_version: int
+    ) -> Versioned[OperationRecord]: ...
+
+    def resolve(self, node: str, *, resource_version: int = 0) -> Versioned[Node]:
+        """The node meant by an id or host name, from memory. NotFound (NODE_NOT_FOUND)."""
+        ...
+
+    def usage(self, node_id: str) -> tuple[NodeResources, float] | None:
+        """Newest measured use known to this server and its age in seconds."""
+        ...

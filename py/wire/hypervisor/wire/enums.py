@@ -1,0 +1,66 @@
+"""Enumerations: one table per enum, both ways; a member missing on either side fails at import."""
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from hypervisor.v1 import instance_pb2, node_pb2, operation_pb2
+
+from hypervisor.core import states
+from hypervisor.core.errors import InvalidArgument
+
+if TYPE_CHECKING:  # the name exists in the type stubs only
+    from google.protobuf.internal.enum_type_wrapper import _EnumTypeWrapper
+
+__all__ = [
+    "DESIRED_STATE",
+    "INSTANCE_STATUS",
+    "INSTANCE_TYPE",
+    "LABEL_OPERATOR",
+    "NODE_ROLE",
+    "NODE_STATUS",
+    "OPERATION_STATE",
+    "PLACEMENT_POLICY",
+    "EnumMap",
+]
+
+E = TypeVar("E", bound=StrEnum)
+V = TypeVar("V", bound=int)
+
+
+class EnumMap(Generic[E, V]):
+    """A domain enum and its wire enum, matched by name: ``RUNNING`` and ``INSTANCE_STATUS_RUNNING``."""
+
+    def __init__(self, domain: type[E], wire: "_EnumTypeWrapper[V]", prefix: str) -> None:
+        self._unspecified = wire.Value(f"{prefix}_UNSPECIFIED")
+        self._to: Mapping[E, V] = {member: wire.Value(f"{prefix}_{member.name}") for member in domain}
+        self._from: Mapping[int, E] = {number: member for member, number in self._to.items()}
+        unmatched = set(wire.values()) - {self._unspecified} - set(self._from)
+        if unmatched:
+            raise TypeError(f"{prefix}: wire values without a domain member: {sorted(unmatched)}")
+
+    def to_wire(self, member: E | None) -> V:
+        """The wire value; None is UNSPECIFIED."""
+        return self._unspecified if member is None else self._to[member]
+
+    def from_wire(self, number: int) -> E | None:
+        """The member; None for UNSPECIFIED and for numbers this version does not know."""
+        return self._from.get(number)
+
+    def required(self, number: int, field: str) -> E:
+        """The member. InvalidArgument naming ``field`` and the known values for anything else."""
+        member = self._from.get(number)
+        if member is None:
+            known = ", ".join(sorted(m.value for m in self._to))
+            raise InvalidArgument.of_field(field, f"must be one of: {known}")
+        return member
+
+
+INSTANCE_TYPE = EnumMap(states.InstanceType, instance_pb2.InstanceType, "INSTANCE_TYPE")
+INSTANCE_STATUS = EnumMap(states.InstanceStatus, instance_pb2.InstanceStatus, "INSTANCE_STATUS")
+DESIRED_STATE = EnumMap(states.DesiredState, instance_pb2.DesiredState, "DESIRED_STATE")
+PLACEMENT_POLICY = EnumMap(states.PlacementPolicy, instance_pb2.PlacementPolicy, "PLACEMENT_POLICY")
+NODE_STATUS = EnumMap(states.NodeStatus, node_pb2.NodeStatus, "NODE_STATUS")
+NODE_ROLE = EnumMap(states.NodeRole, node_pb2.NodeRole, "NODE_ROLE")
+OPERATION_STATE = EnumMap(states.OperationState, operation_pb2.OperationState, "OPERATION_STATE")
+LABEL_OPERATOR = EnumMap(states.LabelOperator, instance_pb2.LabelConstraint.Operator, "OPERATOR")

@@ -1,0 +1,175 @@
+"""Instances on the wire: spec, record, statistics, observation, assignment fields."""
+
+from hypervisor.v1 import cluster_pb2, instance_pb2
+from hypervisor.wire.enums import (
+    DESIRED_STATE,
+    INSTANCE_STATUS,
+    INSTANCE_TYPE,
+    LABEL_OPERATOR,
+    PLACEMENT_POLICY,
+)
+from hypervisor.wire.times import datetime_of, timestamp_of
+
+from hypervisor.core.errors import InvalidArgument
+from hypervisor.core.model import Instance, InstanceSpec, InstanceStats, LabelConstraint, Observation
+from hypervisor.core.resources import cores, millicores
+from hypervisor.core.states import LabelOperator
+
+__all__ = [
+    "instance_to_wire",
+    "observation_from_wire",
+    "observation_to_wire",
+    "spec_from_wire",
+    "spec_to_wire",
+    "stats_from_wire",
+    "stats_to_wire",
+]
+
+
+def spec_to_wire(spec: InstanceSpec) -> instance_pb2.InstanceSpec:
+    """The spec as it was asked for, defaults filled in."""
+    return instance_pb2.InstanceSpec(
+        image=spec.image,
+        cpu_cores=cores(spec.cpu_millis),
+        memory_mb=spec.memory_mb,
+        disk_gb=spec.disk_gb,
+        kernel_path=spec.kernel_path,
+        initrd_path=spec.initrd_path,
+        kernel_args=spec.kernel_args,
+        command=spec.command,
+        env=spec.env,
+        working_dir=spec.working_dir,
+        pids_limit=spec.pids_limit,
+        node_selector=[
+            instance_pb2.LabelConstraint(
+                key=c.key,
+                operator=LABEL_OPERATOR.to_wire(c.operator),
+                values=c.values,
+            )
+            for c in spec.node_selector
+        ],
+        placement_policy=PLACEMENT_POLICY.to_wire(spec.placement_policy),
+        node=spec.node,
+    )
+
+
+def spec_from_wire(spec: instance_pb2.InstanceSpec) -> InstanceSpec:
+    """The spec with the defaults of instance.proto where a number is 0. Limits are not checked here."""
+    return InstanceSpec(
+        image=spec.image,
+        cpu_millis=millicores(spec.cpu_cores or 1.0),
+        memory_mb=spec.memory_mb or 256,
+        disk_gb=spec.disk_gb,
+        kernel_path=spec.kernel_path,
+        initrd_path=spec.initrd_path,
+        kernel_args=spec.kernel_args,
+        command=tuple(spec.command),
+        env=dict(spec.env),
+        working_dir=spec.working_dir,
+        pids_limit=spec.pids_limit or 4096,
+        node_selector=tuple(
+            LabelConstraint(
+                key=c.key,
+                operator=LABEL_OPERATOR.from_wire(c.operator) or LabelOperator.IN,
+                values=tuple(c.values),
+            )
+            for c in spec.node_selector
+        ),
+        placement_policy=PLACEMENT_POLICY.from_wire(spec.placement_policy),
+        node=spec.node,
+    )
+
+
+def instance_to_wire(
+    instance: Instance, *, resource_version: int, stats: InstanceStats | None = None
+) -> instance_pb2.Instance:
+    """The record as users see it."""
+    message = instance_pb2.Instance(
+        id=instance.id,
+        name=instance.name,
+        type=INSTANCE_TYPE.to_wire(instance.type),
+        status=INSTANCE_STATUS.to_wire(instance.status),
+        node_id=instance.node_id,
+        spec=spec_to_wire(instance.spec),
+        stats=None if stats is None else stats_to_wire(stats),
+        labels=instance.labels,
+        created_at=timestamp_of(instance.created_at),
+        started_at=timestamp_of(instance.started_at),
+        project=instance.project,
+        desired_state=DESIRED_STATE.to_wire(instance.desired),
+        status_reason=instance.status_reason,
+        status_message=instance.status_message,
+        finished_at=timestamp_of(instance.finished_at),
+        generation=instance.generation,
+        epoch=instance.epoch,
+        resource_version=resource_version,
+        operation_id=instance.operation_id,
+        runtime=instance.runtime,
+        updated_at=timestamp_of(instance.updated_at),
+    )
+    if instance.exit_code is not None:
+        message.exit_code = instance.exit_code
+    return message
+
+
+_STATS_FIELDS = tuple(f for f in InstanceStats.__struct_fields__ if f != "sampled_at")
+
+
+def stats_to_wire(stats: InstanceStats) -> instance_pb2.InstanceStats:
+    """A sample; what is None stays absent."""
+    message = instance_pb2.InstanceStats(sampled_at=timestamp_of(stats.sampled_at))
+    for name in _STATS_FIELDS:
+        value = getattr(stats, name)
+        if value is not None:
+            setattr(message, name, value)
+    return message
+
+
+def stats_from_wire(stats: instance_pb2.InstanceStats) -> InstanceStats:
+    """A sample. InvalidArgument when it has no time."""
+    sampled_at = datetime_of(stats.sampled_at)
+    if sampled_at is None:
+        raise InvalidArgument.of_field("stats.sampled_at", "is required")
+    present = {field.name: value for field, value in stats.ListFields()}
+    return InstanceStats(sampled_at=sampled_at, **{name: present.get(name) for name in _STATS_FIELDS})
+
+
+def observation_to_wire(seen: Observation) -> cluster_pb2.InstanceObservation:
+    """An observation."""
+    message = cluster_pb2.InstanceObservation(
+        instance_id=seen.instance_id,
+        generation=seen.generation,
+        epoch=seen.epoch,
+        status=INSTANCE_STATUS.to_wire(seen.status),
+        reason=seen.reason,
+        message=seen.message,
+        started_at=timestamp_of(seen.started_at),
+        finished_at=timestamp_of(seen.finished_at),
+        observed_at=timestamp_of(seen.observed_at),
+        sequence=seen.sequence,
+        runtime=seen.runtime,
+    )
+    if seen.exit_code is not None:
+        message.exit_code = seen.exit_code
+    return message
+
+
+def observation_from_wire(seen: cluster_pb2.InstanceObservation) -> Observation:
+    """An observation. InvalidArgument for a missing id, status or time."""
+    observed_at = datetime_of(seen.observed_at)
+    if not seen.instance_id or observed_at is None:
+        raise InvalidArgument.of_field("instances", "each needs instance_id and observed_at")
+    return Observation(
+        instance_id=seen.instance_id,
+        generation=seen.generation,
+        epoch=seen.epoch,
+        status=INSTANCE_STATUS.required(seen.status, "instances.status"),
+        observed_at=observed_at,
+        sequence=seen.sequence,
+        reason=seen.reason,
+        message=seen.message,
+        exit_code=seen.exit_code if seen.HasField("exit_code") else None,
+        started_at=datetime_of(seen.started_at),
+        finished_at=datetime_of(seen.finished_at),
+        runtime=seen.runtime,
+    )
