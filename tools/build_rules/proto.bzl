@@ -101,3 +101,32 @@ directory `name`, an import root of its own. Files of google.protobuf in the set
         descriptor_set = attr.label(allow_single_file = True, mandatory = True),
     ),
 )
+
+def _wheel_descriptor_set_impl(ctx):
+    out = ctx.actions.declare_file(ctx.label.name + ".pb")
+    wheel = exec_pythonpath(ctx, [ctx.attr.wheel]).split(":")[0]
+    ctx.actions.run(
+        outputs = [out],
+        inputs = depset(
+            [ctx.file.script],
+            transitive = [target[PyTreeInfo].files for target in [ctx.attr.wheel] + ctx.attr._tools],
+        ),
+        executable = ctx.executable._python,
+        arguments = ["-sS", ctx.file.script.path, wheel, out.path],
+        env = {"PYTHONHASHSEED": "0", "PYTHONPATH": exec_pythonpath(ctx, ctx.attr._tools)},
+        mnemonic = "WheelDescriptors",
+        progress_message = "Reading the descriptors of %s" % ctx.attr.wheel.label.workspace_name,
+    )
+    return [DefaultInfo(files = depset([out]))]
+
+wheel_descriptor_set = rule(
+    implementation = _wheel_descriptor_set_impl,
+    doc = """NAME.pb, a FileDescriptorSet made by `script WHEEL_DIRECTORY NAME.pb` from the generated modules of a package.
+The script reads the wheel's files and can import what protoc's Python plug-in needs, not the wheel itself.""",
+    attrs = {
+        "wheel": attr.label(providers = [PyTreeInfo], mandatory = True),
+        "script": attr.label(allow_single_file = [".py"], mandatory = True),
+        "_tools": attr.label_list(default = _TOOLS, providers = [PyTreeInfo]),
+        "_python": _ATTRS["_python"],
+    },
+)
