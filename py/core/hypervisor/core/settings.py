@@ -1,9 +1,10 @@
-"""The one configuration loader: a YAML file, environment variables and flags become one frozen, checked value.
+"""The one configuration loader: a YAML file, environment variables and flags become one frozen value.
 
 A program declares its keys as a tree of :class:`Section` (documented fields, defaults), its root a
-:class:`Settings`. :func:`load` merges, later wins: defaults, the file, ``HYPERVISOR_<SECTION>__<KEY>`` variables,
-``--set section.key=value`` flags. Every wrong or unknown key is reported at once, with the file and line, the
-variable or the flag it came from. ``settings_docs.py`` makes the reference and the example files from the same tree.
+:class:`Settings`. :func:`load` merges, later wins: defaults, the file, ``HYPERVISOR_<SECTION>__<KEY>``
+variables, ``--set section.key=value`` flags. Every wrong or unknown key is reported at once, with the file and
+line, the variable or the flag it came from. ``settings_docs.py`` makes the reference and the example files from
+the same tree.
 """
 
 import difflib
@@ -40,13 +41,13 @@ ENVIRONMENT_PREFIX = "HYPERVISOR_"
 
 
 class SettingsError(InvalidArgument):
-    """The configuration is wrong. The message has one line for each problem; ``violations`` the same by key."""
+    """The configuration is wrong. One line for each problem; ``violations`` has the same by key."""
 
     default_reason = "SETTINGS_INVALID"
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Host and port of ``127.0.0.1:50051``, ``[::1]:50051`` or ``name:50051``. ValueError when it is none of these."""
+    """Host and port of ``127.0.0.1:50051``, ``[::1]:50051`` or ``name:50051``; ValueError for anything else."""
     host, colon, port = address.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
     if not colon or not host or (":" in host and not bracketed):
@@ -95,7 +96,7 @@ S = TypeVar("S", bound=Settings)
 
 @dataclass(frozen=True, slots=True)
 class Loaded(Generic[S]):
-    """The settings, and where each key that is not a default came from (``server.yaml:3``, a variable, a flag)."""
+    """The settings, and where each key that is not a default came from (``server.yaml:3``, a variable ...)."""
 
     settings: S
     origins: Mapping[str, str]
@@ -197,7 +198,7 @@ class _FileReader:
         if isinstance(node, yaml.MappingNode) and key not in self._leaves:
             seen: set[str] = set()
             for key_node, value_node in node.value:
-                name = str(loader.construct_object(key_node, deep=True))  # type: ignore[no-untyped-call]
+                name = str(loader.construct_object(key_node, deep=True))
                 if name in seen:
                     where = f"{self._path}:{key_node.start_mark.line + 1}"
                     again = ".".join((*path, name))
@@ -205,7 +206,7 @@ class _FileReader:
                 seen.add(name)
                 self._walk(loader, value_node, (*path, name))
             return
-        value = loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+        value = loader.construct_object(node, deep=True)
         section_left_empty = value is None and any(k.startswith(key + ".") for k in self._leaves)
         if path and not section_left_empty:
             self.given.append(_Given(path, value, origin))
@@ -253,6 +254,8 @@ def _merge(given: Sequence[_Given]) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _nearest(key: str, known: Sequence[str]) -> str:
+    if "." not in key:
+        known = sorted({k.partition(".")[0] for k in known})
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not close:
         last = key.rpartition(".")[2]
@@ -279,6 +282,8 @@ def _problems_of(
         key = ".".join(path)
         if item["type"] == "extra_forbidden":
             text = _nearest(key, known)
+        elif item["type"] in ("tuple_type", "list_type"):
+            text = "give a list, such as [a, b]"
         elif item["type"] in ("model_type", "model_attributes_type"):
             text = f"is a section: put its keys under it ({key}.<key>)"
         else:

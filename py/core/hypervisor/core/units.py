@@ -1,4 +1,4 @@
-"""Durations and sizes as people write them: ``30s``, ``1m30s``, ``16MiB``. Bare numbers are refused, except 0."""
+"""Durations and sizes as people write them: ``30s``, ``1m30s``, ``16MiB``."""
 
 import math
 import re
@@ -53,7 +53,7 @@ def parse_bytes(text: object) -> int:
     found = _SIZE.fullmatch(wanted)
     if found is None:
         raise ValueError(
-            "give a number of bytes, or a size with its unit (KiB, MiB, GiB, TiB), such as 16MiB"
+            "give a size with its unit (KiB, MiB, GiB, TiB), such as 16MiB, or a number of bytes"
         )
     return round(float(found[1]) * _SIZE_UNITS[found[2]])
 
