@@ -2,30 +2,32 @@
 
 Vocabulary
 ----------
-*key*        a ``str`` that begins with ``/``, such as ``/hypervisor/instances/i-01h...``; at most ``MAX_KEY_BYTES``
-             bytes of UTF-8 and no NUL. Keys are ordered by their UTF-8 bytes. Others are refused with
-             ``InvalidArgument`` (reason ``KEY_INVALID``).
-*prefix*     the beginning of a key, not a directory: ``/a/b`` covers ``/a/b``, ``/a/b/c`` and ``/a/bc``; the empty
-             prefix covers everything.
+*key*        a ``str`` that begins with ``/``, such as ``/hypervisor/instances/i-01h...``; at most
+             ``MAX_KEY_BYTES`` bytes of UTF-8 and no NUL. Keys are ordered by their UTF-8 bytes. Others are
+             refused with ``InvalidArgument`` (reason ``KEY_INVALID``).
+*prefix*     the beginning of a key, not a directory: ``/a/b`` covers ``/a/b``, ``/a/b/c`` and ``/a/bc``; the
+             empty prefix covers everything.
 *value*      ``bytes``; at most ``MAX_VALUE_BYTES``. A larger one is refused with ``InvalidArgument``
              (reason ``VALUE_TOO_LARGE``) before anything is sent.
-*revision*   a positive integer of the whole store, raised by exactly one by every commit that changes something
-             (and, rarely, by the store's own bookkeeping: do not count on the absence of gaps).
-             All operations of one commit carry the same revision. A key's ``mod_revision`` is the revision of its
-             last change, ``create_revision`` that of its creation; it is what ``resource_version`` shows to users.
-*lease*      a time-to-live to which keys are bound. When it runs out or is revoked, its keys are deleted, in one
-             commit that watchers see as ordinary deletions.
+*revision*   a positive integer of the whole store, raised by exactly one by every commit that changes
+             something (and, rarely, by the store's own bookkeeping: do not count on the absence of gaps).
+             All operations of one commit carry the same revision. A key's ``mod_revision`` is the revision
+             of its last change, ``create_revision`` that of its creation; it is what ``resource_version``
+             shows to users.
+*lease*      a time-to-live to which keys are bound. When it runs out or is revoked, its keys are deleted, in
+             one commit that watchers see as ordinary deletions.
 
 Guarantees
 ----------
-* ``commit`` is atomic, durable when it returns, and linearizable: compares and writes happen at one point in time.
+* ``commit`` is atomic, durable when it returns, and linearizable: compares and writes happen at one point in
+  time.
 * Reads (``get``, ``list``) are linearizable unless a backend is asked for a revision in the past.
-* A watch delivers every change of its prefix exactly once, in revision order, all changes of one revision together
-  in one batch. After a lost connection it resumes by itself from the last *delivered* revision; nothing is
-  delivered twice and nothing is left out. Where that is impossible because the history is gone, it raises
-  ``Compacted``, and the caller lists again and watches from the revision of that list.
-* An operation that failed with ``Unavailable`` has not been applied. When that cannot be known (the answer of a
-  commit was lost) ``commit`` settles it by itself; where even that fails it raises ``OutcomeUnknown``.
+* A watch delivers every change of its prefix exactly once, in revision order, all changes of one revision
+  together in one batch. After a lost connection it resumes by itself from the last *delivered* revision;
+  nothing is delivered twice and nothing is left out. Where that is impossible because the history is gone,
+  it raises ``Compacted``, and the caller lists again and watches from the revision of that list.
+* An operation that failed with ``Unavailable`` has not been applied. When that cannot be known (the answer
+  of a commit was lost) ``commit`` settles it by itself; where even that fails it raises ``OutcomeUnknown``.
   A task that is cancelled while it awaits ``commit`` does not learn the outcome; the commit may be applied.
 
 Who may call: any task of the server's event loop, concurrently. Agents never open a store.
@@ -53,8 +55,8 @@ __all__ = [
     "Delete",
     "Election",
     "Item",
-    "Lease",
     "Leadership",
+    "Lease",
     "Operation",
     "OutcomeUnknown",
     "Page",
@@ -69,8 +71,9 @@ MAX_VALUE_BYTES = 1_000_000
 MAX_OPERATIONS = 120
 """Operations of one commit, and likewise its compares; etcd refuses more than 128 of either by default."""
 MAX_COMMIT_BYTES = 1_500_000
-"""All keys and values of one commit with 64 bytes for each operation and compare (keys of compares count twice, as
-they are read back on a conflict); etcd refuses requests above 1.5 MiB. Refused as ``COMMIT_TOO_LARGE``."""
+"""All keys and values of one commit with 64 bytes for each operation and compare (keys of compares count
+twice, as they are read back on a conflict); etcd refuses requests above 1.5 MiB. Refused as
+``COMMIT_TOO_LARGE``."""
 MAX_LIST_LIMIT = 10_000
 """Items of one page."""
 
@@ -79,15 +82,16 @@ ABSENT = 0
 
 
 class OutcomeUnknown(DeadlineExceeded):
-    """A commit was sent, its answer was lost, and reading back was not possible: it may or may not be applied."""
+    """A commit's answer was lost and reading back was not possible: it may or may not be applied."""
 
     default_reason = "COMMIT_OUTCOME_UNKNOWN"
 
 
 class Compacted(OutOfRange):
-    """The history asked for is gone, or the revision is not (yet) one of this store's, as after a restored backup.
+    """The history asked for is gone, or the revision is not one of this store's (after a restored backup).
 
-    The watch or paged list cannot go on: list again from the start, then watch from the revision of that list.
+    The watch or paged list cannot go on: list again from the start, then watch from the revision of that
+    list.
     """
 
     default_reason = "COMPACTED"
@@ -126,7 +130,7 @@ class Compare:
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """Write ``value``. With ``lease_id`` the key lives as long as that lease; without, an earlier binding ends."""
+    """Write ``value``. With ``lease_id`` the key ends with that lease; without, an earlier binding ends."""
 
     key: str
     value: bytes
@@ -158,8 +162,8 @@ class Committed:
 class Conflicted:
     """Nothing was written: at least one compare did not hold.
 
-    ``current`` has, for every compared key, its item at ``revision``, or None where it does not exist, so that the
-    caller can decide without another read.
+    ``current`` has, for every compared key, its item at ``revision``, or None where it does not exist, so
+    that the caller can decide without another read.
     """
 
     revision: int
@@ -168,7 +172,10 @@ class Conflicted:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One change of one key. ``item`` is None for a deletion; ``previous`` is what was there before (None: nothing)."""
+    """One change of one key.
+
+    ``item`` is None for a deletion; ``previous`` is what was there before (None: nothing).
+    """
 
     key: str
     revision: int
@@ -180,7 +187,8 @@ class Change:
 class WatchBatch:
     """All changes of the watched prefix at ``revision``.
 
-    ``changes`` may be empty: then it is a progress mark that says everything up to ``revision`` was delivered.
+    ``changes`` may be empty: then it is a progress mark that says everything up to ``revision`` was
+    delivered.
     """
 
     revision: int
@@ -221,7 +229,7 @@ class Election(Protocol):
         ...
 
     async def lost(self) -> None:
-        """Return when the leadership acquired is lost (lease gone, key deleted, store unreachable for the TTL)."""
+        """Return when the leadership is lost (lease gone, key deleted, store unreachable for the TTL)."""
         ...
 
 
@@ -229,8 +237,9 @@ class Storage(Protocol):
     """See the module's docstring for the vocabulary and the guarantees.
 
     Errors common to all methods: ``Unavailable`` (reason ``STORE_UNAVAILABLE``, with a retry hint) when the
-    backend cannot be reached within its dial or request time-out; ``InvalidArgument`` for keys and values outside
-    the limits. ``aclose`` is idempotent; after it every call raises ``Unavailable`` (reason ``STORE_CLOSED``).
+    backend cannot be reached within its dial or request time-out; ``InvalidArgument`` for keys and values
+    outside the limits. ``aclose`` is idempotent; after it every call raises ``Unavailable`` (reason
+    ``STORE_CLOSED``).
     """
 
     async def get(self, key: str) -> Item | None:
@@ -242,8 +251,8 @@ class Storage(Protocol):
     ) -> Page:
         """Items whose key begins with ``prefix``, in key order, at most ``limit`` (1..10,000).
 
-        ``start_key`` and ``revision`` continue an earlier page: pass its ``next_key`` and ``revision`` and the
-        pages together are one consistent view. A backend that cannot read that revision any more raises
+        ``start_key`` and ``revision`` continue an earlier page: pass its ``next_key`` and ``revision`` and
+        the pages together are one consistent view. A backend that cannot read that revision any more raises
         ``Compacted``; begin again.
         """
         ...
@@ -253,25 +262,27 @@ class Storage(Protocol):
     ) -> Committed | Conflicted:
         """Apply all operations if all compares hold, else none.
 
-        At most ``MAX_OPERATIONS`` operations, no key twice among them (``DUPLICATE_KEY``). Raises ``NotFound``
-        (reason ``LEASE_NOT_FOUND``) when a Put names a lease that has ended; nothing is written then. Compares are
-        looked at first: a commit with a failed compare and an ended lease is ``Conflicted``.
+        At most ``MAX_OPERATIONS`` operations, no key twice among them (``DUPLICATE_KEY``). Raises
+        ``NotFound`` (reason ``LEASE_NOT_FOUND``) when a Put names a lease that has ended; nothing is written
+        then. Compares are looked at first: a commit with a failed compare and an ended lease is
+        ``Conflicted``.
         """
         ...
 
     def watch(self, prefix: str, *, after_revision: int) -> AsyncGenerator[WatchBatch, None]:
         """Changes of the prefix with a revision greater than ``after_revision``, for ever.
 
-        An unreachable backend is retried until it is back. Close the iterator (``aclose``; ``contextlib.aclosing``
-        does it) or cancel its task to end it. Raises ``Compacted``. A consumer that is slow delays only itself: it
-        is either held back or disconnected and resumed, never given a gap.
+        An unreachable backend is retried until it is back. Close the iterator (``aclose``;
+        ``contextlib.aclosing`` does it) or cancel its task to end it. Raises ``Compacted``. A consumer that
+        is slow delays only itself: it is either held back or disconnected and resumed, never given a gap.
         """
         ...
 
     async def grant_lease(self, ttl_s: float) -> Lease:
         """A new lease that ends after ``ttl_s`` seconds (at least 1) unless kept alive.
 
-        A restart of the backend gives every lease a whole ``ttl_s`` again, so leases may end late, never early.
+        A restart of the backend gives every lease a whole ``ttl_s`` again, so leases may end late, never
+        early.
         """
         ...
 
@@ -289,14 +300,14 @@ class Storage(Protocol):
     def election(
         self, name: str, candidate_id: str, *, ttl_s: float
     ) -> AbstractAsyncContextManager[Election]:
-        """A candidacy for the leadership ``name``. At most one candidate leads at a time, in the order they came."""
+        """A candidacy for the leadership ``name``; candidates lead one at a time, in the order they came."""
         ...
 
     async def compact(self, revision: int) -> None:
         """Forget the history before ``revision`` (current values stay).
 
-        Afterwards ``watch(after_revision=r)`` and ``list(revision=r)`` raise ``Compacted`` for ``r < revision``
-        and work for ``r >= revision``. Nothing happens when that much is forgotten already. Raises
+        Afterwards ``watch(after_revision=r)`` and ``list(revision=r)`` raise ``Compacted`` for ``r <
+        revision`` and work for ``r >= revision``. Nothing happens when that much is forgotten already. Raises
         ``InvalidArgument`` for a revision greater than the newest.
         """
         ...
