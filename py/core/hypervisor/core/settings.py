@@ -77,7 +77,7 @@ Address = Annotated[str, pydantic.AfterValidator(_check_address)]
 
 
 class Section(pydantic.BaseModel):
-    """A group of keys. Declare each with ``pydantic.Field(default, description=...)``."""
+    """A group of keys. Declare each with ``pydantic.Field(default=..., description=...)``."""
 
     model_config = pydantic.ConfigDict(
         frozen=True, extra="forbid", validate_default=True, coerce_numbers_to_str=True
