@@ -140,7 +140,9 @@ def main(argv: list[str]) -> None:
     options = parser.parse_intermixed_args(list(expand_parameter_files(argv)))
 
     library = library_members(options.files, options.root, workspace=options.workspace)
-    members = {name: (path.read_bytes(), 0o755 if name.endswith(".so") else 0o644) for name, path in library.items()}
+    members = {
+        name: (path.read_bytes(), 0o755 if name.endswith(".so") else 0o644) for name, path in library.items()
+    }
     with tempfile.TemporaryDirectory() as scratch:
         for name in sorted(library):
             if name.endswith(".py") and byte_code_name(name) not in members:

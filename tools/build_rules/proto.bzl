@@ -130,3 +130,25 @@ The script reads the wheel's files and can import what protoc's Python plug-in n
         "_python": _ATTRS["_python"],
     },
 )
+
+def _proto_descriptor_set_impl(ctx):
+    out = ctx.actions.declare_file(ctx.label.name + ".binpb")
+    sources = depset(transitive = [dep[ProtoInfo].sources for dep in ctx.attr.deps])
+    roots = depset(transitive = [dep[ProtoInfo].roots for dep in ctx.attr.deps]).to_list()
+    arguments = ["--write-descriptor-set", out.path]
+    for root in roots:
+        arguments += ["--proto-path", root]
+    names = []
+    for source in sources.to_list():
+        names += [source.path[len(root) + 1:] for root in roots if source.path.startswith(root + "/")]
+    _generate(ctx, [out], sources, out.dirname, arguments + names)
+    return [DefaultInfo(files = depset([out]))]
+
+proto_descriptor_set = rule(
+    implementation = _proto_descriptor_set_impl,
+    doc = "NAME.binpb: a FileDescriptorSet of .proto files and what they import, with their comments, for linters.",
+    attrs = dict(
+        _ATTRS,
+        deps = attr.label_list(providers = [ProtoInfo], mandatory = True),
+    ),
+)

@@ -39,7 +39,9 @@ class ShardPlugin:
 def split_arguments(arguments: list[str], runfiles: Path) -> tuple[list[str], list[str]]:
     """Split the command line into absolute paths of test modules and arguments for pytest."""
     count = 0
-    while count < len(arguments) and arguments[count].endswith(".py") and not arguments[count].startswith("-"):
+    while (
+        count < len(arguments) and arguments[count].endswith(".py") and not arguments[count].startswith("-")
+    ):
         count += 1
     return [str(runfiles / path) for path in arguments[:count]], arguments[count:]
 
@@ -49,7 +51,13 @@ def main(arguments: list[str], environ: dict[str, str]) -> int:
     runfiles = Path(environ["RUNFILES_DIR"])
     workspace = runfiles / environ.get("TEST_WORKSPACE", "hypervisor_repo")
     modules, extra = split_arguments(arguments, runfiles)
-    options = ["-p", "no:cacheprovider", "-ra", f"--rootdir={workspace}", f"--config-file={workspace}/pyproject.toml"]
+    options = [
+        "-p",
+        "no:cacheprovider",
+        "-ra",
+        f"--rootdir={workspace}",
+        f"--config-file={workspace}/pyproject.toml",
+    ]
     if xml := environ.get("XML_OUTPUT_FILE"):
         options.append(f"--junitxml={xml}")
     if expression := environ.get("TESTBRIDGE_TEST_ONLY"):

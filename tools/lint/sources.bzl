@@ -1,0 +1,26 @@
+"""The packages whose files are linted. tests/unit/tools/test_lint_sources.py compares this with what git tracks."""
+
+LINTED_PACKAGES = [
+    "//",
+    "//ext",
+    "//packaging",
+    "//proto",
+    "//proto/containerd",
+    "//py/agent",
+    "//py/core",
+    "//py/ctl",
+    "//py/server",
+    "//py/wire",
+    "//tests/contract",
+    "//tests/e2e",
+    "//tests/fault",
+    "//tests/integration",
+    "//tests/property",
+    "//tests/support",
+    "//tests/unit",
+    "//tools",
+    "//tools/build_rules",
+    "//tools/lint",
+]
+
+LINT_SOURCES = [package + ":lint_sources" for package in LINTED_PACKAGES]
