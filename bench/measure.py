@@ -1,0 +1,108 @@
+"""What the benchmarks share: interleaved pairs, the ratio of each pair, one table and one machine-readable line.
+
+A claim is a ratio of ours to a reference measured in the same run, pair by pair, so that a change of the machine's
+speed hits both. Figures are kept as they were measured; nothing is dropped as an outlier.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+__all__ = ["Claim", "claim", "interleave", "publish", "unmeasured"]
+
+MARK = "BENCH "
+"""Begins the line that bench/run collects."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One measured ratio. ``better`` is ``less`` or ``more``; ``goal`` is the ratio aimed at."""
+
+    name: str
+    ratio: float | None
+    low: float | None
+    high: float | None
+    ours: float | None
+    reference: float | None
+    unit: str
+    reference_name: str
+    better: str
+    goal: float
+    note: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the median reaches the goal; None when nothing was measured."""
+        if self.ratio is None:
+            return None
+        return self.ratio <= self.goal if self.better == "less" else self.ratio >= self.goal
+
+
+def interleave(
+    ours: Callable[[], float], reference: Callable[[], float], *, pairs: int
+) -> tuple[list[float], list[float]]:
+    """Run both in turn ``pairs`` times after one uncounted pair, changing who goes first; returns the figures."""
+    ours()
+    reference()
+    mine: list[float] = []
+    theirs: list[float] = []
+    for index in range(pairs):
+        if index % 2:
+            theirs.append(reference())
+            mine.append(ours())
+        else:
+            mine.append(ours())
+            theirs.append(reference())
+    return mine, theirs
+
+
+def claim(
+    name: str,
+    mine: Sequence[float],
+    theirs: Sequence[float],
+    *,
+    unit: str,
+    reference_name: str,
+    better: str,
+    goal: float,
+    note: str = "",
+) -> Claim:
+    """The claim that pairs of figures support: the median of the pairs' ratios, and their range."""
+    ratios = [a / b for a, b in zip(mine, theirs, strict=True)]
+    return Claim(
+        name=name,
+        ratio=statistics.median(ratios),
+        low=min(ratios),
+        high=max(ratios),
+        ours=statistics.median(mine),
+        reference=statistics.median(theirs),
+        unit=unit,
+        reference_name=reference_name,
+        better=better,
+        goal=goal,
+        note=note,
+    )
+
+
+def unmeasured(name: str, *, reference_name: str, better: str, goal: float, why: str) -> Claim:
+    """A claim whose reference is not here; said instead of left out."""
+    return Claim(name, None, None, None, None, None, "", reference_name, better, goal, why)
+
+
+def publish(claims: Sequence[Claim]) -> None:
+    """Print the claims for people, and for bench/run."""
+    for item in claims:
+        if item.ratio is None:
+            print(f"{item.name}: not measured: {item.note}")
+        else:
+            sign = "<=" if item.better == "less" else ">="
+            print(
+                f"{item.name}: {item.ratio:.2f} of {item.reference_name} [{item.low:.2f}..{item.high:.2f}], "
+                f"goal {sign} {item.goal:g} ({'met' if item.met else 'NOT met'}); "
+                f"{item.ours:.4g} against {item.reference:.4g} {item.unit}"
+                + (f"; {item.note}" if item.note else "")
+            )
+    print(MARK + json.dumps([asdict(item) | {"met": item.met} for item in claims]))
+    sys.stdout.flush()
