@@ -58,12 +58,12 @@ def _first_line(element: ElementTree.Element) -> str:
     return text.splitlines()[0] if text else "no message"
 
 
-def _count_cases(summary: Summary, label: str, xml: Path) -> bool:
-    """Add the cases of one test.xml; False where there are none to read."""
+def _count_cases(summary: Summary, label: str, xml: Path) -> int:
+    """Add the cases of one test.xml and say how many they are: 0 where it cannot be read."""
     try:
         root = ElementTree.parse(xml).getroot()
     except (OSError, ElementTree.ParseError):
-        return False
+        return 0
     cases = list(root.iter("testcase"))
     for case in cases:
         name = f"{label} {case.get('name', '?')}"
@@ -77,7 +77,7 @@ def _count_cases(summary: Summary, label: str, xml: Path) -> bool:
             summary.skips.append(f"{name}: {_first_line(skipped)}")
         else:
             summary.passed += 1
-    return bool(cases)
+    return len(cases)
 
 
 def _xml_path(result: Mapping[str, Any]) -> Path | None:
@@ -105,17 +105,20 @@ def summarize(events: Iterable[Mapping[str, Any]]) -> Summary:
                 unbuilt[key["label"]] = reason
         elif kind == "buildFinished":
             exit_code = event.get("finished", {}).get("exitCode", {}).get("code", 0)
-    for (label, _run, shard), result in sorted(results.items()):
+    passed_cases: dict[str, int] = {}
+    for (label, _run, _shard), result in sorted(results.items()):
         status = result.get("status", "NO_STATUS")
         failures_before = len(summary.failures)
-        where = f"{label} shard {shard}" if shard > 1 else label
         xml = _xml_path(result)
-        counted = xml is not None and _count_cases(summary, label, xml)
+        cases = _count_cases(summary, label, xml) if xml is not None else 0
         if status in _GOOD_STATUSES:
-            if not counted and shard == 0:
-                summary.failures.append(f"{where}: passed without a test case")
+            # A shard may be left without a case; the whole test may not.
+            passed_cases[label] = passed_cases.get(label, 0) + cases
         elif len(summary.failures) == failures_before:
-            summary.failures.append(f"{where}: {status}")
+            summary.failures.append(f"{label}: {status}")
+    summary.failures += [
+        f"{label}: passed without a test case" for label, cases in passed_cases.items() if cases == 0
+    ]
     for label, reason in sorted(unbuilt.items()):
         summary.failures.append(f"{label}: did not build ({reason})")
     if exit_code is None:

@@ -26,12 +26,12 @@ ALLOWED = {
     "ctl": {"core", "ext", "wire"},
 }
 
-# The modules and packages, below hypervisor/<part>/, that may import generated code.
+# The modules and packages, below hypervisor/<part>/, that may import generated code: `agents` also stands for agents_*.
 EDGES = {
     "core": {"grpc_errors"},
     "ext": set(),
     "wire": {""},
-    "server": {"agents", "api", "app", "gateway"},
+    "server": {"agents", "api", "app", "gateway", "store/etcd"},
     "agent": {"api", "app", "drivers/containerd", "registration", "server_client"},
     "ctl": {"client", "dev"},
 }
@@ -57,7 +57,9 @@ def _imported(module: Path) -> Iterator[str]:
 
 
 def _is_generated(name: str) -> bool:
-    return "_pb2" in name or name.startswith(("hypervisor.v1.", "hypervisor.agent.v1.", "containerd_api."))
+    return "_pb2" in name or name.startswith(
+        ("hypervisor.v1.", "hypervisor.agent.v1.", "containerd_api.", "etcdserverpb.")
+    )
 
 
 def _part_of(name: str) -> str | None:
@@ -69,7 +71,7 @@ def _part_of(name: str) -> str | None:
 
 def _is_edge(part: str, module: Path) -> bool:
     inside = module.relative_to(_directory(part)).with_suffix("").as_posix()
-    return any(edge in {"", inside} or inside.startswith(f"{edge}/") for edge in EDGES[part])
+    return any(edge in {"", inside} or inside.startswith((f"{edge}/", f"{edge}_")) for edge in EDGES[part])
 
 
 def test_every_part_has_modules_to_look_at() -> None:
@@ -96,6 +98,18 @@ def test_generated_code_is_imported_at_the_edges_only(part: str) -> None:
         if not _is_edge(part, module)
         for name in _imported(module)
         if _is_generated(name)
+    ]
+
+    assert wrong == []
+
+
+def test_the_etcd_api_is_known_to_its_backend_only() -> None:
+    wrong = [
+        str(module.relative_to(WORKSPACE))
+        for part in PARTS
+        for module in _modules(part)
+        if not (module.parent == _directory("server") / "store" and module.name.startswith("etcd"))
+        and any(name.startswith("etcdserverpb") for name in _imported(module))
     ]
 
     assert wrong == []

@@ -17,9 +17,12 @@ LINTED_PACKAGES = [
     "//tests/integration",
     "//tests/property",
     "//tests/support",
+    "//tests/packaging",
     "//tests/unit",
+    "//tests/unit/tools",
     "//tools",
     "//tools/build_rules",
+    "//tools/build_rules/tests",
     "//tools/lint",
 ]
 
