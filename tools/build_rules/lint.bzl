@@ -13,7 +13,8 @@ def _quote(word):
 
 def _tool_test_impl(ctx):
     suffixes = tuple(ctx.attr.suffixes)
-    sources = sorted([
+    scripts = [file.short_path for file in ctx.files.scripts]
+    sources = sorted(scripts + [
         file.short_path
         for file in ctx.files.srcs
         if not file.short_path.startswith("../") and (not suffixes or file.basename.endswith(suffixes))
@@ -29,7 +30,7 @@ def _tool_test_impl(ctx):
     )
     return [DefaultInfo(
         executable = script,
-        runfiles = ctx.runfiles(files = [ctx.file.tool] + ctx.files.srcs + ctx.files.data),
+        runfiles = ctx.runfiles(files = [ctx.file.tool] + ctx.files.srcs + ctx.files.scripts + ctx.files.data),
     )]
 
 tool_test = rule(
@@ -40,6 +41,7 @@ tool_test = rule(
         "tool_args": attr.string_list(),
         "srcs": attr.label_list(allow_files = True, doc = "given to the tool after tool_args"),
         "suffixes": attr.string_list(doc = "only srcs with one of these ends are given to the tool"),
+        "scripts": attr.label_list(allow_files = True, doc = "given to the tool whatever their names end with"),
         "data": attr.label_list(allow_files = True),
     },
     test = True,

@@ -2,6 +2,7 @@
 
 LINTED_PACKAGES = [
     "//",
+    "//bench",
     "//ext",
     "//packaging",
     "//proto",

@@ -32,10 +32,11 @@ def tracked(checkout: Path) -> list[str]:
     return [name for name in listing.stdout.split("\0") if name and (checkout / name).is_file()]
 
 
-def _is_shell_script(path: Path) -> bool:
+def _interpreter(path: Path) -> str:
+    """Name of the program in the file's first line, "" where it names none."""
     with path.open("rb") as file:
         first = file.readline(64)
-    return first.startswith(b"#!") and first.split()[-1].rpartition(b"/")[2] in {b"sh", b"bash", b"dash"}
+    return first.split()[-1].rpartition(b"/")[2].decode() if first.startswith(b"#!") else ""
 
 
 def test_every_source_file_is_linted(tracked: list[str]) -> None:
@@ -46,7 +47,13 @@ def test_every_source_file_is_linted(tracked: list[str]) -> None:
 
 
 def test_every_shell_script_is_linted(checkout: Path, tracked: list[str]) -> None:
-    expected = {name for name in tracked if _is_shell_script(checkout / name)}
+    expected = {name for name in tracked if _interpreter(checkout / name) in {"sh", "bash", "dash"}}
 
     assert sorted(name for name in expected if not (RUNFILES / name).exists()) == []
     assert "tools/setup" in expected
+
+
+def test_every_python_script_is_linted(checkout: Path, tracked: list[str]) -> None:
+    expected = {name for name in tracked if _interpreter(checkout / name).startswith("python")}
+
+    assert sorted(name for name in expected if not (RUNFILES / name).exists()) == []
