@@ -3,9 +3,21 @@ configuration."""
 
 from dataclasses import dataclass
 
-from hypervisor.core.tls import ClientTls
+__all__ = ["EtcdTls", "StoreConfig"]
 
-__all__ = ["StoreConfig"]
+
+@dataclass(frozen=True, slots=True)
+class EtcdTls:
+    """TLS towards etcd; all paths name PEM files.
+
+    ``ca_file`` empty: the system's authorities. ``cert_file`` and ``key_file`` (both or neither) identify this
+    server to etcd. ``server_name`` replaces the name that the members' certificates must carry.
+    """
+
+    ca_file: str = ""
+    cert_file: str = ""
+    key_file: str = ""
+    server_name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +32,6 @@ class StoreConfig:
     ``history_age_s``        SQLite: how far in time; whichever of the two is reached first
     ``endpoints``            etcd: ``host:port``, ``http://host:port`` or ``https://host:port`` of its members
     ``tls``                  etcd: None for plain text
-    ``tls_server_name``      etcd: replaces the name that the members' certificates must carry
     ``dial_timeout_s``       etcd: for one member to accept a connection
     ``request_timeout_s``    for one request, and how long a silent watch connection is trusted
     """
@@ -31,7 +42,6 @@ class StoreConfig:
     history_revisions: int = 100_000
     history_age_s: float = 3600.0
     endpoints: tuple[str, ...] = ()
-    tls: ClientTls | None = None
-    tls_server_name: str = ""
+    tls: EtcdTls | None = None
     dial_timeout_s: float = 5.0
     request_timeout_s: float = 10.0

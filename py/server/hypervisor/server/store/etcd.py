@@ -9,6 +9,7 @@ import random
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from functools import partial
+from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -17,8 +18,8 @@ from etcdserverpb import rpc_pb2 as pb
 
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import HypervisorError, InvalidArgument, NotFound
-from hypervisor.core.tls import channel_credentials
-from hypervisor.server.store.config import StoreConfig
+from hypervisor.core.tls import ClientTls, channel_credentials
+from hypervisor.server.store.config import EtcdTls, StoreConfig
 from hypervisor.server.store.election import Candidacy
 from hypervisor.server.store.etcd_commit import Applied, EtcdCommitter
 from hypervisor.server.store.etcd_errors import is_compacted
@@ -81,8 +82,8 @@ class EtcdStorage:
         tls = config.tls
         members = EtcdMembers(
             [parse_endpoint(endpoint, tls=tls is not None) for endpoint in config.endpoints],
-            credentials=None if tls is None else await asyncio.to_thread(channel_credentials, tls),
-            server_name=config.tls_server_name,
+            credentials=None if tls is None else await asyncio.to_thread(_credentials, tls),
+            server_name="" if tls is None else tls.server_name,
             dial_timeout_s=config.dial_timeout_s,
             request_timeout_s=config.request_timeout_s,
             clock=clock,
@@ -210,6 +211,13 @@ class EtcdStorage:
         except (HypervisorError, TimeoutError) as exc:
             log.warning("store_commit_slots_left", error=str(exc))
         await self._members.aclose()
+
+
+def _credentials(tls: EtcdTls) -> grpc.ChannelCredentials:
+    ca_file, cert_file, key_file = (
+        Path(path) if path else None for path in (tls.ca_file, tls.cert_file, tls.key_file)
+    )
+    return channel_credentials(ClientTls(ca_file=ca_file, cert_file=cert_file, key_file=key_file))
 
 
 def _compare(compare: Compare) -> pb.Compare:
