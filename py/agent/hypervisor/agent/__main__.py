@@ -1,0 +1,132 @@
+"""hypervisor-agent: reads flags and configuration, runs the agent until SIGTERM or SIGINT."""
+
+import asyncio
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+import click
+import structlog
+import uvloop
+
+from hypervisor.agent.app import run_agent
+from hypervisor.agent.config import AgentSettings
+from hypervisor.agent.simulated import run_simulated
+from hypervisor.agent.version import agent_version
+from hypervisor.core import logging
+from hypervisor.core.clock import SystemClock
+from hypervisor.core.errors import HypervisorError
+from hypervisor.core.ids import new_id
+from hypervisor.core.settings import SettingsError, environment_name, known_keys, load
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+
+_DEFAULT_CONFIG = Path("/etc/hypervisor/agent.yaml")
+_log = structlog.get_logger(__name__)
+
+
+_CONFIG = click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help=f"Configuration file. Default: {_DEFAULT_CONFIG}, if it exists.",
+)
+_SET = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, such as agent.port=0."
+)
+
+
+@click.group(invoke_without_command=True)
+@click.version_option(agent_version(), prog_name="hypervisor-agent")
+@_CONFIG
+@_SET
+@click.option(
+    "--simulated",
+    type=click.IntRange(1, 10_000),
+    metavar="N",
+    help="Run N nodes with the fake driver in this process: no root, no runtime, nothing real.",
+)
+@click.pass_context
+def main(
+    context: click.Context, config_path: Path | None, overrides: tuple[str, ...], simulated: int | None
+) -> None:
+    """The agent of one node: registers with the control plane and runs its instances."""
+    context.obj = (config_path, overrides)
+    if context.invoked_subcommand is None:
+        context.exit(_run(_load(context, config_path, overrides), simulated))
+
+
+@main.group()
+def config() -> None:
+    """Look at the configuration."""
+
+
+@config.command()
+@_CONFIG
+@_SET
+@click.pass_context
+def check(context: click.Context, config_path: Path | None, overrides: tuple[str, ...]) -> None:
+    """Read the configuration, report every mistake in it, and exit."""
+    outer_path, outer_overrides = context.obj
+    _load(context, config_path or outer_path, (*outer_overrides, *overrides))
+    click.echo("the configuration is good")
+
+
+@config.command()
+def keys() -> None:
+    """List every key, its meaning and the environment variable that overrides it."""
+    for key, field in known_keys(AgentSettings).items():
+        click.echo(f"{key} ({environment_name(key)})\n    {field.description}")
+
+
+def _load(context: click.Context, path: Path | None, overrides: tuple[str, ...]) -> AgentSettings:
+    if path is None and _DEFAULT_CONFIG.exists():
+        path = _DEFAULT_CONFIG
+    try:
+        return load(AgentSettings, path=path, environ=os.environ, overrides=overrides).settings
+    except SettingsError as exc:
+        click.echo(exc.message, err=True)
+        context.exit(EXIT_USAGE)
+
+
+def _run(settings: AgentSettings, simulated: int | None) -> int:
+    logging.configure(program="hypervisor-agent", level=settings.log.level, format=settings.log.format)
+    code = 0
+    try:
+        uvloop.run(_serve(settings, simulated))
+    except* HypervisorError as group:
+        for error in _leaves(group):
+            _log.error("agent_failed", reason=error.reason, error=error.message)
+        code = EXIT_FAILURE
+    return code
+
+
+async def _serve(settings: AgentSettings, simulated: int | None) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    clock, rng, version = SystemClock(), random.SystemRandom(), agent_version()
+    if simulated is None:
+        await run_agent(settings, stop=stop, clock=clock, rng=rng, new_id=new_id, version=version)
+    else:
+        await run_simulated(
+            settings, simulated, stop=stop, clock=clock, rng=rng, new_id=new_id, version=version
+        )
+
+
+def _leaves(group: BaseExceptionGroup[HypervisorError]) -> list[HypervisorError]:
+    found: list[HypervisorError] = []
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            found += _leaves(error)
+        else:
+            found.append(error)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""AgentService: parses requests, asks the manager, answers. The rules are in agent.proto and drivers/manager.py."""
+
+from collections.abc import AsyncIterator, Mapping
+
+from hypervisor.agent.api.console_stream import ConsoleStreams
+from hypervisor.agent.drivers.driver import Assignment
+from hypervisor.agent.drivers.health import DriverHealth
+from hypervisor.agent.drivers.instances import InstanceRef
+from hypervisor.agent.drivers.manager import Manager
+from hypervisor.agent.resources import ResourceSource
+from hypervisor.agent.v1 import agent_pb2
+from hypervisor.core.clock import Clock
+from hypervisor.core.errors import (
+    FailedPrecondition,
+    FieldViolation,
+    InvalidArgument,
+    NotFound,
+    Unimplemented,
+)
+from hypervisor.core.ids import is_id
+from hypervisor.core.model import Observation
+from hypervisor.v1 import instance_pb2
+from hypervisor.wire.enums import INSTANCE_TYPE
+from hypervisor.wire.instances import observation_to_wire, spec_from_wire, stats_to_wire
+from hypervisor.wire.nodes import driver_to_wire, resources_to_wire
+from hypervisor.wire.rpc import Call, Handler
+from hypervisor.wire.times import seconds_of
+
+__all__ = ["AgentService"]
+
+_MAX_GRACE_S = 3600.0
+_MIN_INTERVAL_S = 0.1
+_STATS_ENDED = frozenset({"NOT_RUNNING", "INSTANCE_NOT_FOUND"})
+
+
+class AgentService:
+    """The handlers of AgentService, for ``Dispatcher.service``."""
+
+    def __init__(
+        self,
+        *,
+        manager: Manager,
+        drivers: DriverHealth,
+        resources: ResourceSource,
+        consoles: ConsoleStreams,
+        clock: Clock,
+    ) -> None:
+        self._manager = manager
+        self._drivers = drivers
+        self._resources = resources
+        self._consoles = consoles
+        self._clock = clock
+
+    def handlers(self) -> Mapping[str, Handler]:
+        """Method name -> handler."""
+        return {
+            "CreateInstance": self.create_instance,
+            "StartInstance": self.start_instance,
+            "StopInstance": self.stop_instance,
+            "DeleteInstance": self.delete_instance,
+            "RestartInstance": self.restart_instance,
+            "GetNodeResources": self.get_node_resources,
+            "ListLocalInstances": self.list_local_instances,
+            "GetInstanceStats": self.get_instance_stats,
+            "WatchInstanceStats": self.watch_instance_stats,
+            "AttachConsole": self._consoles.attach,
+            "Reconcile": self.reconcile,
+        }
+
+    async def create_instance(
+        self, request: agent_pb2.CreateInstanceRequest, _: Call
+    ) -> agent_pb2.InstanceReply:
+        ref = _ref(request.ref)
+        wrong = []
+        if not request.name:
+            wrong.append(FieldViolation("name", "is required"))
+        if not request.project:
+            wrong.append(FieldViolation("project", "is required"))
+        if wrong:
+            raise InvalidArgument.of_fields(tuple(wrong))
+        assignment = Assignment(
+            instance_id=ref.instance_id,
+            name=request.name,
+            project=request.project,
+            type=INSTANCE_TYPE.required(request.type, "type"),
+            spec=spec_from_wire(request.spec),
+            labels=dict(request.labels),
+            generation=ref.generation,
+            epoch=ref.epoch,
+        )
+        return _reply(await self._manager.create(assignment, start=request.start))
+
+    async def start_instance(
+        self, request: agent_pb2.StartInstanceRequest, _: Call
+    ) -> agent_pb2.InstanceReply:
+        return _reply(await self._manager.start(_ref(request.ref)))
+
+    async def stop_instance(self, request: agent_pb2.StopInstanceRequest, _: Call) -> agent_pb2.InstanceReply:
+        return _reply(await self._manager.stop(_ref(request.ref), grace_s=_grace(request)))
+
+    async def restart_instance(
+        self, request: agent_pb2.RestartInstanceRequest, _: Call
+    ) -> agent_pb2.InstanceReply:
+        return _reply(await self._manager.restart(_ref(request.ref), grace_s=_grace(request)))
+
+    async def delete_instance(
+        self, request: agent_pb2.DeleteInstanceRequest, _: Call
+    ) -> agent_pb2.DeleteInstanceReply:
+        existed = await self._manager.delete(_ref(request.ref), grace_s=_grace(request))
+        return agent_pb2.DeleteInstanceReply(existed=existed)
+
+    async def get_node_resources(
+        self, _request: agent_pb2.GetNodeResourcesRequest, _: Call
+    ) -> agent_pb2.GetNodeResourcesReply:
+        return agent_pb2.GetNodeResourcesReply(
+            resources=resources_to_wire(await self._resources.read()),
+            drivers=[driver_to_wire(info) for info in self._drivers.infos()],
+        )
+
+    async def list_local_instances(
+        self, _request: agent_pb2.ListLocalInstancesRequest, _: Call
+    ) -> agent_pb2.ListLocalInstancesReply:
+        found = await self._manager.list()
+        return agent_pb2.ListLocalInstancesReply(instances=[observation_to_wire(seen) for seen in found])
+
+    async def get_instance_stats(
+        self, request: agent_pb2.GetInstanceStatsRequest, _: Call
+    ) -> instance_pb2.InstanceStats:
+        return stats_to_wire(await self._manager.stats(_instance_id(request.instance_id)))
+
+    async def watch_instance_stats(
+        self, request: agent_pb2.WatchInstanceStatsRequest, _: Call
+    ) -> AsyncIterator[instance_pb2.InstanceStats]:
+        """Samples until the caller cancels or the instance ends; the first failure to sample it is raised."""
+        instance_id = _instance_id(request.instance_id)
+        interval_s = seconds_of(request.interval) if request.HasField("interval") else 1.0
+        if interval_s < _MIN_INTERVAL_S:
+            raise InvalidArgument.of_field("interval", "must be at least 100 ms")
+        yield stats_to_wire(await self._manager.stats(instance_id))
+        due = self._clock.monotonic()
+        while True:
+            due = max(due + interval_s, self._clock.monotonic())
+            await self._clock.sleep(due - self._clock.monotonic())
+            try:
+                sample = await self._manager.stats(instance_id)
+            except (FailedPrecondition, NotFound) as exc:
+                if exc.reason in _STATS_ENDED:
+                    return
+                raise
+            yield stats_to_wire(sample)
+
+    async def reconcile(self, _request: agent_pb2.ReconcileRequest, _: Call) -> agent_pb2.ReconcileReply:
+        raise Unimplemented(
+            "Reconcile is not in this version: compare ListLocalInstances with what is wanted and re-drive each "
+            "instance by its own calls",
+            reason="CAPABILITY_MISSING",
+            metadata={"verb": "reconcile"},
+        )
+
+
+def _reply(seen: Observation) -> agent_pb2.InstanceReply:
+    return agent_pb2.InstanceReply(instance=observation_to_wire(seen))
+
+
+def _instance_id(instance_id: str) -> str:
+    if not instance_id or len(instance_id) > 128:
+        raise InvalidArgument.of_field("instance_id", "is required: give an instance id")
+    return instance_id
+
+
+def _ref(ref: agent_pb2.InstanceRef) -> InstanceRef:
+    wrong = []
+    if not is_id(ref.id, "i"):
+        wrong.append(FieldViolation("ref.id", "must be an instance id: i- and 26 characters"))
+    if ref.generation < 1:
+        wrong.append(FieldViolation("ref.generation", "must be at least 1"))
+    if ref.epoch < 1:
+        wrong.append(FieldViolation("ref.epoch", "must be at least 1"))
+    if wrong:
+        raise InvalidArgument.of_fields(tuple(wrong))
+    return InstanceRef(ref.id, ref.generation, ref.epoch)
+
+
+def _grace(
+    request: agent_pb2.StopInstanceRequest
+    | agent_pb2.RestartInstanceRequest
+    | agent_pb2.DeleteInstanceRequest,
+) -> float:
+    grace_s = seconds_of(request.grace_period)
+    if not 0 <= grace_s <= _MAX_GRACE_S:
+        raise InvalidArgument.of_field("grace_period", "must be from 0 to 1 hour")
+    return grace_s

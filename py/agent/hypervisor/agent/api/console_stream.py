@@ -1,0 +1,124 @@
+"""AttachConsole: one viewer on the wire. Input and output run side by side; the end of the output ends the call."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import structlog
+
+from hypervisor.agent.console import Data, Ended, Output, Skipped, Viewer
+from hypervisor.agent.consoles import ConsoleHubs
+from hypervisor.core.errors import HypervisorError, InvalidArgument, Unimplemented
+from hypervisor.core.model import ConsoleSize
+from hypervisor.v1 import instance_pb2
+from hypervisor.wire.rpc import Call
+
+__all__ = ["ConsoleStreams"]
+
+_MAX_INPUT = 64 << 10
+_MAX_SIZE = 10_000
+
+_log = structlog.get_logger(__name__)
+
+
+class ConsoleStreams:
+    """The handler of AttachConsole over the node's console hubs."""
+
+    def __init__(self, hubs: ConsoleHubs) -> None:
+        self._hubs = hubs
+
+    async def attach(
+        self, requests: AsyncIterator[instance_pb2.ConsoleInput], _: Call
+    ) -> AsyncIterator[instance_pb2.ConsoleOutput]:
+        """See ComputeService.AttachConsole; ``open.instance`` is an instance id."""
+        opening = await _opening(requests)
+        size = _size(opening.size, "open.size") if opening.HasField("size") else None
+        hub = self._hubs.hub(opening.instance)
+        async with hub.view(replay_bytes=opening.replay_bytes, read_only=opening.read_only) as viewer:
+            if size is not None and viewer.resizable and not opening.read_only:
+                await viewer.resize(size)
+            yield instance_pb2.ConsoleOutput(
+                opened=instance_pb2.ConsoleOutput.Opened(
+                    instance_id=opening.instance, replay_bytes=viewer.replay_bytes, resizable=viewer.resizable
+                )
+            )
+            typing = asyncio.ensure_future(_take_input(viewer, requests))
+            try:
+                async for item in viewer.output():
+                    yield _wire(item)
+            finally:
+                typing.cancel()
+                await asyncio.wait({typing})
+                _note_defect(typing)
+
+
+async def _take_input(viewer: Viewer, requests: AsyncIterator[instance_pb2.ConsoleInput]) -> None:
+    """Until the viewer sends no more. What is wrong with the input ends the session; its mere end does not."""
+    try:
+        await _type(viewer, requests)
+    except HypervisorError as exc:
+        if exc.reason != "NOT_RUNNING":  # The output is about to say so, with the exit code.
+            viewer.fail(exc)
+
+
+async def _type(viewer: Viewer, requests: AsyncIterator[instance_pb2.ConsoleInput]) -> None:
+    async for request in requests:
+        match request.WhichOneof("input"):
+            case "data":
+                if len(request.data) > _MAX_INPUT:
+                    raise InvalidArgument.of_field(
+                        "data", "is longer than 64 KiB: send it in several messages"
+                    )
+                if request.data:
+                    await viewer.write(request.data)
+            case "resize":
+                await _resize(viewer, _size(request.resize, "resize"))
+            case "open":
+                raise InvalidArgument.of_field("open", "may only be the first message")
+            case _:
+                raise InvalidArgument.of_field("input", "give data or resize")
+
+
+def _note_defect(typing: "asyncio.Future[None]") -> None:
+    """A session that ends breaks off the reading of its input; anything else that went wrong there is logged."""
+    if not typing.cancelled() and (failure := typing.exception()) is not None:
+        _log.info("console_input_ended", error=repr(failure))
+
+
+async def _resize(viewer: Viewer, size: ConsoleSize) -> None:
+    try:
+        await viewer.resize(size)
+    except Unimplemented:
+        # `opened.resizable` told so; a terminal emulator sends its size all the same.
+        return
+
+
+async def _opening(requests: AsyncIterator[instance_pb2.ConsoleInput]) -> instance_pb2.ConsoleInput.Open:
+    first = await anext(requests, None)
+    if first is None or first.WhichOneof("input") != "open":
+        raise InvalidArgument(
+            "the first message of a console session must be `open`",
+            reason="CONSOLE_NOT_OPENED",
+            metadata={"field": "open"},
+        )
+    if not first.open.instance:
+        raise InvalidArgument.of_field("open.instance", "is required: give an instance id")
+    return first.open
+
+
+def _size(size: instance_pb2.ConsoleInput.Resize, field: str) -> ConsoleSize:
+    if not (1 <= size.width <= _MAX_SIZE and 1 <= size.height <= _MAX_SIZE):
+        raise InvalidArgument.of_field(field, "width and height must be from 1 to 10,000")
+    return ConsoleSize(size.width, size.height)
+
+
+def _wire(item: Output) -> instance_pb2.ConsoleOutput:
+    match item:
+        case Data(data=data):
+            return instance_pb2.ConsoleOutput(data=data)
+        case Skipped(count=count):
+            return instance_pb2.ConsoleOutput(skipped=instance_pb2.ConsoleOutput.Skipped(bytes=count))
+        case Ended(reason=reason, exit_code=exit_code):
+            closed = instance_pb2.ConsoleOutput.Closed(reason=str(reason))
+            if exit_code is not None:
+                closed.exit_code = exit_code
+            return instance_pb2.ConsoleOutput(closed=closed)

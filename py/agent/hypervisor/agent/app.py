@@ -1,0 +1,240 @@
+"""One agent, wired: the single place where its parts are chosen and put together."""
+
+import asyncio
+import random
+from contextlib import AsyncExitStack
+
+import structlog
+
+from hypervisor.agent.api.agent_service import AgentService
+from hypervisor.agent.api.console_stream import ConsoleStreams
+from hypervisor.agent.api.server import AgentServer
+from hypervisor.agent.cluster_link import GrpcClusterLink, NodeDescription
+from hypervisor.agent.config import AgentSettings
+from hypervisor.agent.consoles import ConsoleHubs
+from hypervisor.agent.data_directory import DataDirectory
+from hypervisor.agent.drivers.guard import DriverDeadlines
+from hypervisor.agent.drivers.health import DriverHealth
+from hypervisor.agent.drivers.instances import LocalInstances
+from hypervisor.agent.drivers.manager import Manager
+from hypervisor.agent.drivers.observed import ObservationBook
+from hypervisor.agent.drivers.registry import DriverContext, Drivers, make_drivers
+from hypervisor.agent.journal import Journal
+from hypervisor.agent.registration import Membership
+from hypervisor.agent.reporter import Reporter
+from hypervisor.agent.resources import FixedResources, MeasuredResources, ResourceSource
+from hypervisor.agent.sampling import StatsSampler
+from hypervisor.core.clock import Clock
+from hypervisor.core.errors import HypervisorError
+from hypervisor.core.ids import IdSource
+from hypervisor.core.model import Observation
+from hypervisor.core.resources import Resources
+from hypervisor.core.tls import channel_credentials, server_credentials
+
+__all__ = ["run_agent"]
+
+DEFAULT_HEARTBEAT_S = 10.0
+"""Until a server says how often it wants one."""
+
+_log = structlog.get_logger(__name__)
+
+
+class _Listener:
+    """Hands what the manager sees to the consoles and to the reporter."""
+
+    def __init__(self, *, consoles: ConsoleHubs, reporter: Reporter) -> None:
+        self._consoles = consoles
+        self._reporter = reporter
+
+    def observed(self, seen: Observation, *, driver: str, answered: bool) -> None:
+        self._consoles.observed(seen)
+        if not answered:
+            _log.info(
+                "instance_observed",
+                instance=seen.instance_id,
+                driver=driver,
+                status=str(seen.status),
+                reason=seen.reason,
+            )
+            self._reporter.observation(seen)
+
+    def deleted(self, instance_id: str) -> None:
+        self._consoles.deleted(instance_id)
+        self._reporter.deleted(instance_id)
+
+
+async def run_agent(
+    settings: AgentSettings,
+    *,
+    stop: asyncio.Event,
+    clock: Clock,
+    rng: random.Random,
+    new_id: IdSource,
+    version: str,
+    simulated: bool = False,
+    drivers: Drivers | None = None,
+) -> None:
+    """Run one agent until ``stop`` is set. Instances run on, and the node stays registered.
+
+    ``drivers`` replaces those of the settings. Raises HypervisorError when it cannot start.
+    """
+    server_tls, client_tls = settings.server_tls(), settings.client_tls()
+    async with AsyncExitStack() as stack:
+        data = await stack.enter_async_context(DataDirectory(settings.agent.data_dir))
+        journal = await stack.enter_async_context(Journal(data.journal))
+        server = AgentServer(
+            bind=settings.agent.bind,
+            port=settings.agent.port,
+            credentials=None if server_tls is None else server_credentials(server_tls),
+            new_id=new_id,
+            grace_s=settings.agent.shutdown_grace,
+        )
+        node = NodeDescription(
+            id=await data.node_id(new_id),
+            hostname=settings.hostname(),
+            address=settings.address(),
+            port=server.port,
+            region=settings.node.region,
+            zone=settings.node.zone,
+            role=settings.node.role,
+            labels=settings.node.labels,
+            agent_version=version,
+            incarnation=new_id("a"),
+            simulated=simulated,
+        )
+        if simulated:
+            structlog.contextvars.bind_contextvars(node=node.hostname)
+        link = GrpcClusterLink(
+            settings.agent.server_address,
+            credentials=None if client_tls is None else channel_credentials(client_tls),
+            token=settings.agent.token.get_secret_value(),
+            clock=clock,
+        )
+        stack.push_async_callback(link.aclose)
+        made = drivers or _make_drivers(settings, clock=clock, rng=rng, new_id=new_id)
+        stack.push_async_callback(_close_drivers, made)
+        agent = _Agent(settings, node=node, made=made, journal=journal, link=link, clock=clock, rng=rng)
+        await agent.run(server, stop=stop)
+
+
+class _Agent:
+    def __init__(
+        self,
+        settings: AgentSettings,
+        *,
+        node: NodeDescription,
+        made: Drivers,
+        journal: Journal,
+        link: GrpcClusterLink,
+        clock: Clock,
+        rng: random.Random,
+    ) -> None:
+        self._node = node
+        self._clock = clock
+        self._registered = asyncio.Event()
+        self._resources = _resources(settings, simulated=node.simulated)
+        self._health = DriverHealth(
+            made.offered, missing=made.missing, clock=clock, poll_s=settings.drivers.health_interval
+        )
+        self._consoles = ConsoleHubs(
+            attach=lambda instance_id: self._manager.attach(instance_id),
+            clock=clock,
+            rng=rng,
+            scrollback_bytes=settings.agent.console_scrollback,
+        )
+        self._reporter = Reporter(
+            node,
+            link=link,
+            clock=clock,
+            rng=rng,
+            registered=self._registered,
+            register_again=lambda: self._membership.register_again(),
+        )
+        instances = LocalInstances(
+            journal=journal,
+            book=ObservationBook(starts=journal.starts),
+            clock=clock,
+            listener=_Listener(consoles=self._consoles, reporter=self._reporter),
+        )
+        self._manager = Manager(instances=instances, drivers=self._health, clock=clock, rng=rng)
+        self._membership = Membership(
+            node,
+            link=link,
+            resources=self._resources,
+            sampler=StatsSampler(running=self._manager.running, stats=self._manager.stats),
+            drivers=self._health.infos,
+            observations=self._manager.last_seen,
+            clock=clock,
+            rng=rng,
+            registered=self._registered,
+            default_interval_s=DEFAULT_HEARTBEAT_S,
+        )
+        self._health.on_change(lambda _name: self._reporter.drivers(self._health.infos()))
+
+    async def run(self, server: AgentServer, *, stop: asyncio.Event) -> None:
+        server.offer(
+            AgentService(
+                manager=self._manager,
+                drivers=self._health,
+                resources=self._resources,
+                consoles=ConsoleStreams(self._consoles),
+                clock=self._clock,
+            )
+        )
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._consoles.run()), group.create_task(self._manager.run())]
+            await self._manager.ready()
+            async with server:
+                tasks += [
+                    group.create_task(self._health.run()),
+                    group.create_task(self._reporter.run()),
+                    group.create_task(self._membership.run()),
+                ]
+                _log.info(
+                    "agent_ready", node_id=self._node.id, hostname=self._node.hostname, port=self._node.port
+                )
+                await stop.wait()
+                _log.info("agent_stopping", node_id=self._node.id)
+                self._consoles.detach_all()
+            for task in tasks:
+                task.cancel()
+        _log.info("agent_stopped", node_id=self._node.id)
+
+
+def _make_drivers(settings: AgentSettings, *, clock: Clock, rng: random.Random, new_id: IdSource) -> Drivers:
+    context = DriverContext(
+        clock=clock,
+        rng=rng,
+        new_id=new_id,
+        data_dir=settings.agent.data_dir,
+        containerd=settings.containerd,
+        archive_roots=settings.images.archive_roots,
+        options=settings.drivers.options,
+    )
+    deadlines = DriverDeadlines(
+        create_s=settings.drivers.create_timeout,
+        action_s=settings.drivers.action_timeout,
+        query_s=settings.drivers.query_timeout,
+    )
+    return make_drivers(settings.drivers.enabled, context, deadlines=deadlines)
+
+
+async def _close_drivers(drivers: Drivers) -> None:
+    for offered in drivers.offered:
+        try:
+            await offered.driver.aclose()
+        except HypervisorError as exc:
+            _log.warning("driver_close_failed", driver=offered.driver.name, reason=exc.reason)
+
+
+def _resources(settings: AgentSettings, *, simulated: bool) -> ResourceSource:
+    if not simulated:
+        return MeasuredResources(disk_path=settings.agent.data_dir)
+    pretended = settings.simulated
+    return FixedResources(
+        Resources(
+            cpu_millis=pretended.cpu_cores * 1000,
+            memory_bytes=pretended.memory,
+            disk_bytes=pretended.disk,
+        )
+    )

@@ -1,0 +1,216 @@
+"""The agent's client of ClusterService: domain values in and out, several servers with fail-over.
+
+One server is used at a time. When it cannot be reached the next one is tried with the next call; the caller retries.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import grpc
+import grpc.aio
+import structlog
+
+from hypervisor.core.clock import Clock
+from hypervisor.core.errors import DeadlineExceeded, Unavailable
+from hypervisor.core.grpc_errors import from_rpc_error
+from hypervisor.core.model import DriverInfo, InstanceStats, NodeResources, Observation
+from hypervisor.core.states import NodeRole
+from hypervisor.v1 import cluster_pb2, cluster_pb2_grpc, node_pb2
+from hypervisor.wire.enums import NODE_ROLE
+from hypervisor.wire.instances import observation_to_wire, stats_to_wire
+from hypervisor.wire.nodes import driver_to_wire, resources_to_wire
+from hypervisor.wire.times import seconds_of, timestamp_of
+
+__all__ = ["ClusterLink", "GrpcClusterLink", "HeartbeatTimes", "NodeDescription"]
+
+_OPTIONS = (
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    # Agents of one process (simulated ones) must not share a connection's fate by gRPC's global pool.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+R = TypeVar("R")
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeDescription:
+    """What the agent says of its node when it registers, apart from what changes."""
+
+    id: str
+    hostname: str
+    address: str
+    port: int
+    region: str
+    zone: str
+    role: NodeRole
+    labels: Mapping[str, str]
+    agent_version: str
+    incarnation: str
+    simulated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class HeartbeatTimes:
+    """What the server wants, in seconds; 0: it did not say."""
+
+    interval_s: float
+    timeout_s: float
+
+
+class ClusterLink(Protocol):
+    """What the agent tells the control plane. Methods raise classes of core.errors."""
+
+    async def register(
+        self,
+        node: NodeDescription,
+        *,
+        resources: NodeResources,
+        drivers: Sequence[DriverInfo],
+        observations: Sequence[Observation],
+    ) -> HeartbeatTimes: ...
+
+    async def heartbeat(
+        self, node: NodeDescription, *, resources: NodeResources, stats: Mapping[str, InstanceStats]
+    ) -> HeartbeatTimes: ...
+
+    async def update_status(
+        self,
+        node: NodeDescription,
+        *,
+        drivers: Sequence[DriverInfo],
+        observations: Sequence[Observation],
+    ) -> tuple[str, ...]:
+        """Returns the ids of instances this node should not have."""
+        ...
+
+
+class GrpcClusterLink:
+    """ClusterLink over gRPC. ``addresses`` are ``host:port`` of the servers, tried in turn."""
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        credentials: grpc.ChannelCredentials | None,
+        token: str = "",
+        clock: Clock,
+        timeout_s: float = 5.0,
+    ) -> None:
+        if not addresses:
+            raise ValueError("at least one server address is needed")
+        self._addresses = tuple(addresses)
+        self._credentials = credentials
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._clock = clock
+        self._timeout_s = timeout_s
+        self._current = 0
+        self._channel: grpc.aio.Channel | None = None
+        self._stub: "cluster_pb2_grpc.ClusterServiceAsyncStub | None" = None
+        self._switching = asyncio.Lock()
+
+    @property
+    def server(self) -> str:
+        """The server in use now."""
+        return self._addresses[self._current]
+
+    async def register(
+        self,
+        node: NodeDescription,
+        *,
+        resources: NodeResources,
+        drivers: Sequence[DriverInfo],
+        observations: Sequence[Observation],
+    ) -> HeartbeatTimes:
+        request = cluster_pb2.RegisterNodeRequest(
+            node=node_pb2.Node(
+                id=node.id,
+                hostname=node.hostname,
+                address=node.address,
+                port=node.port,
+                region=node.region,
+                zone=node.zone,
+                role=NODE_ROLE.to_wire(node.role),
+                resources=resources_to_wire(resources),
+                labels=node.labels,
+                drivers=[driver_to_wire(driver) for driver in drivers],
+                agent_version=node.agent_version,
+                simulated=node.simulated,
+            ),
+            incarnation=node.incarnation,
+            instances=[observation_to_wire(seen) for seen in observations],
+        )
+        answer = await self._call("RegisterNode", request, cluster_pb2.RegisterNodeResponse)
+        return HeartbeatTimes(seconds_of(answer.heartbeat_interval), seconds_of(answer.heartbeat_timeout))
+
+    async def heartbeat(
+        self, node: NodeDescription, *, resources: NodeResources, stats: Mapping[str, InstanceStats]
+    ) -> HeartbeatTimes:
+        request = cluster_pb2.HeartbeatRequest(
+            node_id=node.id,
+            incarnation=node.incarnation,
+            resources=resources_to_wire(resources),
+            sent_at=timestamp_of(self._clock.now()),
+            stats={instance_id: stats_to_wire(sample) for instance_id, sample in stats.items()},
+        )
+        answer = await self._call("Heartbeat", request, cluster_pb2.HeartbeatResponse)
+        return HeartbeatTimes(seconds_of(answer.heartbeat_interval), seconds_of(answer.heartbeat_timeout))
+
+    async def update_status(
+        self,
+        node: NodeDescription,
+        *,
+        drivers: Sequence[DriverInfo],
+        observations: Sequence[Observation],
+    ) -> tuple[str, ...]:
+        request = cluster_pb2.UpdateNodeStatusRequest(
+            node_id=node.id,
+            incarnation=node.incarnation,
+            drivers=[driver_to_wire(driver) for driver in drivers],
+            instances=[observation_to_wire(seen) for seen in observations],
+        )
+        answer = await self._call("UpdateNodeStatus", request, cluster_pb2.UpdateNodeStatusResponse)
+        return tuple(answer.unexpected_instance_ids)
+
+    async def aclose(self) -> None:
+        """Close the connection; idempotent."""
+        channel, self._channel, self._stub = self._channel, None, None
+        if channel is not None:
+            await channel.close(grace=None)
+
+    async def _call(self, method: str, request: object, _answer: type[R]) -> R:
+        server = self.server
+        stub = self._connect()
+        try:
+            answer: R = await getattr(stub, method)(request, timeout=self._timeout_s, metadata=self._metadata)
+        except grpc.aio.AioRpcError as exc:
+            error = from_rpc_error(exc, peer=f"server {server}")
+            if isinstance(error, Unavailable | DeadlineExceeded):
+                await self._fail_over(server, error.reason)
+            raise error from exc
+        return answer
+
+    def _connect(self) -> "cluster_pb2_grpc.ClusterServiceAsyncStub":
+        if self._stub is None:
+            if self._credentials is None:
+                self._channel = grpc.aio.insecure_channel(self.server, options=_OPTIONS)
+            else:
+                self._channel = grpc.aio.secure_channel(self.server, self._credentials, options=_OPTIONS)
+            self._stub = cluster_pb2_grpc.ClusterServiceStub(self._channel)
+        return self._stub
+
+    async def _fail_over(self, failed: str, reason: str) -> None:
+        """Take the next server, unless another call has done so already."""
+        async with self._switching:
+            if self.server != failed or len(self._addresses) == 1:
+                return
+            await self.aclose()
+            self._current = (self._current + 1) % len(self._addresses)
+            _log.warning("server_switched", failed=failed, reason=reason, server=self.server)

@@ -1,0 +1,272 @@
+"""What is done to one instance, with its slot held: journal, driver, journal, observation.
+
+Every method brings the instance from one settled state to another or, after a crash, finishes what was begun. Rules:
+
+- The entry that announces an action is on the disk before the driver is asked; the one that ends it follows with the
+  next sync, because recovery finds out by itself whether the action took place.
+- A failed create is undone; where even that fails the entry stays UNDOING and is tried again later.
+- Other failed actions leave the instance as its driver then shows it: the caller decides.
+"""
+
+from collections.abc import Awaitable, Callable
+
+import msgspec
+import structlog
+
+from hypervisor.agent.drivers.driver import Assignment, Driver
+from hypervisor.agent.drivers.health import DriverHealth
+from hypervisor.agent.drivers.instances import LocalInstances, Slot
+from hypervisor.agent.entries import Entry, Phase
+from hypervisor.core.errors import HypervisorError, NotFound
+from hypervisor.core.model import Observation
+from hypervisor.core.states import InstanceStatus
+
+__all__ = ["Actions"]
+
+_ASK_AGAIN = 5
+"""How often to ask a driver anew when an event overtook its answer."""
+_DOING = {
+    Phase.CREATING: InstanceStatus.CREATING,
+    Phase.STARTING: InstanceStatus.CREATING,
+    Phase.STOPPING: InstanceStatus.STOPPING,
+    Phase.RESTARTING: InstanceStatus.STOPPING,
+    Phase.DELETING: InstanceStatus.DELETING,
+    Phase.UNDOING: InstanceStatus.DELETING,
+}
+
+_log = structlog.get_logger(__name__)
+
+
+class Actions:
+    """See the module's docstring. The caller holds the slot."""
+
+    def __init__(self, *, instances: LocalInstances, drivers: DriverHealth) -> None:
+        self._instances = instances
+        self._drivers = drivers
+
+    async def create(self, slot: Slot, assignment: Assignment, *, driver: Driver, start: bool) -> Observation:
+        """Make the instance and, with ``start``, start it."""
+        entry = Entry(
+            instance_id=slot.instance_id,
+            driver=driver.name,
+            generation=assignment.generation,
+            epoch=assignment.epoch,
+            phase=Phase.CREATING,
+            since=self._instances.clock.now(),
+            assignment=assignment,
+            start=start,
+        )
+        await self._instances.journal.put(entry)
+        slot.entry = entry
+        return await self._finish_create(slot, entry, driver, resumed=False)
+
+    async def start(self, slot: Slot, entry: Entry) -> Observation:
+        """Start it; one that runs is left alone."""
+        driver = self._drivers.named(entry.driver)
+        return await self._change(slot, entry, Phase.STARTING, lambda: driver.start(slot.instance_id))
+
+    async def stop(self, slot: Slot, entry: Entry, *, grace_s: float) -> Observation:
+        """Stop it; one that does not run is left alone."""
+        driver = self._drivers.named(entry.driver)
+        return await self._change(
+            slot,
+            msgspec.structs.replace(entry, grace_s=grace_s),
+            Phase.STOPPING,
+            lambda: driver.stop(slot.instance_id, grace_s=grace_s),
+        )
+
+    async def restart(self, slot: Slot, entry: Entry, *, grace_s: float) -> Observation:
+        """Stop and start it."""
+        driver = self._drivers.named(entry.driver)
+        return await self._change(
+            slot,
+            msgspec.structs.replace(entry, grace_s=grace_s),
+            Phase.RESTARTING,
+            lambda: driver.restart(slot.instance_id, grace_s=grace_s),
+        )
+
+    async def delete(self, slot: Slot, entry: Entry, *, grace_s: float) -> bool:
+        """Remove it and all it used."""
+        driver = self._drivers.named(entry.driver)
+        began = msgspec.structs.replace(
+            entry, phase=Phase.DELETING, since=self._instances.clock.now(), grace_s=grace_s
+        )
+        await self._instances.journal.put(began, finishing=True)
+        slot.entry = began
+        before = self._begin(slot, Phase.DELETING)
+        try:
+            if grace_s > 0 and before is not None and before.status is InstanceStatus.RUNNING:
+                await self._stop_politely(driver, slot.instance_id, grace_s)
+            existed = await driver.delete(slot.instance_id)
+        except HypervisorError:
+            await self._give_up(slot, before)
+            raise
+        finally:
+            slot.busy = False
+        self._instances.forget(slot)
+        return existed
+
+    async def look(self, slot: Slot, entry: Entry) -> Observation:
+        """As its driver shows it now."""
+        return await self._truth(slot, self._drivers.named(entry.driver), None, asked_at=-1)
+
+    async def settle(self, slot: Slot) -> None:
+        """Bring an action that a crash or a lost runtime cut off to its end; nothing for a settled instance.
+
+        Errors of the driver are raised; the entry then stays as it is for another try, except that a create the
+        driver refuses is undone.
+        """
+        entry = slot.entry
+        if entry is None or entry.phase is Phase.READY:
+            return
+        _log.info("instance_settling", instance=slot.instance_id, phase=str(entry.phase))
+        driver = self._drivers.named(entry.driver)
+        match entry.phase:
+            case Phase.CREATING:
+                await self._finish_create(slot, entry, driver, resumed=True)
+            case Phase.UNDOING:
+                await self._undo(slot, entry, driver)
+            case Phase.DELETING:
+                await driver.delete(slot.instance_id)
+                self._instances.forget(slot)
+            case Phase.STOPPING:
+                await self._redo(slot, driver, lambda: driver.stop(slot.instance_id, grace_s=entry.grace_s))
+            case Phase.STARTING | Phase.RESTARTING:
+                seen = await driver.get(slot.instance_id)
+                if seen.started_at is not None and seen.started_at >= entry.since:
+                    self._ready(slot)
+                    self._instances.record(slot, seen, answered=False)
+                elif entry.phase is Phase.STARTING:
+                    await self._redo(slot, driver, lambda: driver.start(slot.instance_id))
+                else:
+                    await self._redo(
+                        slot, driver, lambda: driver.restart(slot.instance_id, grace_s=entry.grace_s)
+                    )
+
+    async def _finish_create(self, slot: Slot, entry: Entry, driver: Driver, *, resumed: bool) -> Observation:
+        assert entry.assignment is not None
+        asked_at = self._instances.book.events_of(slot.instance_id)
+        self._begin(slot, Phase.CREATING)
+        try:
+            handle = await driver.create(entry.assignment)
+            seen = await driver.get(slot.instance_id) if resumed or not entry.start else None
+            # A create that was cut off may have come as far as the start, and the instance may have ended since.
+            if entry.start and (seen is None or seen.started_at is None):
+                seen = await driver.start(slot.instance_id)
+            slot.entry = msgspec.structs.replace(entry, handle=dict(handle))
+            self._ready(slot)
+            return await self._truth(slot, driver, seen, asked_at=asked_at)
+        except HypervisorError as exc:
+            if slot.entry is not None and slot.entry.phase is Phase.CREATING:
+                _log.info("instance_create_failed", instance=slot.instance_id, reason=exc.reason)
+                await self._undo(slot, entry, driver, swallow=True)
+            raise
+        finally:
+            slot.busy = False
+
+    async def _undo(self, slot: Slot, entry: Entry, driver: Driver, *, swallow: bool = False) -> None:
+        slot.entry = msgspec.structs.replace(
+            entry, phase=Phase.UNDOING, assignment=None, since=self._instances.clock.now()
+        )
+        self._instances.journal.put_soon(slot.entry)
+        try:
+            await driver.delete(slot.instance_id)
+        except HypervisorError as exc:
+            _log.warning(
+                "instance_undo_failed", instance=slot.instance_id, reason=exc.reason, error=exc.message
+            )
+            if not swallow:
+                raise
+            return
+        self._instances.forget(slot)
+
+    async def _change(
+        self, slot: Slot, entry: Entry, phase: Phase, ask: Callable[[], Awaitable[Observation]]
+    ) -> Observation:
+        driver = self._drivers.named(entry.driver)
+        began = msgspec.structs.replace(entry, phase=phase, since=self._instances.clock.now())
+        await self._instances.journal.put(began)
+        slot.entry = began
+        asked_at = self._instances.book.events_of(slot.instance_id)
+        before = self._begin(slot, phase)
+        try:
+            seen = await ask()
+            self._ready(slot)
+            return await self._truth(slot, driver, seen, asked_at=asked_at)
+        except HypervisorError:
+            await self._give_up(slot, before)
+            raise
+        finally:
+            slot.busy = False
+
+    async def _redo(self, slot: Slot, driver: Driver, ask: Callable[[], Awaitable[Observation]]) -> None:
+        asked_at = self._instances.book.events_of(slot.instance_id)
+        seen = await ask()
+        self._ready(slot)
+        await self._truth(slot, driver, seen, asked_at=asked_at)
+
+    async def _truth(
+        self, slot: Slot, driver: Driver, seen: Observation | None, *, asked_at: int
+    ) -> Observation:
+        """Record the driver's answer, unless an event overtook it: then ask again."""
+        book = self._instances.book
+        for _ in range(_ASK_AGAIN):
+            if seen is not None and book.events_of(slot.instance_id) == asked_at:
+                break
+            asked_at = book.events_of(slot.instance_id)
+            seen = await driver.get(slot.instance_id)
+        assert seen is not None
+        return self._instances.record(slot, seen, answered=True)
+
+    async def _give_up(self, slot: Slot, before: Observation | None) -> None:
+        """After a failed action: the entry is settled, the observation what the driver shows, if it still talks."""
+        self._ready(slot)
+        entry = slot.entry
+        assert entry is not None
+        try:
+            seen = await self._drivers.named(entry.driver).get(slot.instance_id)
+        except NotFound as exc:
+            self._instances.record(slot, lost(entry, exc.message, self._instances), answered=False)
+        except HypervisorError as exc:
+            _log.info("instance_not_seen", instance=slot.instance_id, reason=exc.reason)
+            if before is not None:
+                self._instances.record(slot, before, answered=True)
+        else:
+            self._instances.record(slot, seen, answered=False)
+
+    async def _stop_politely(self, driver: Driver, instance_id: str, grace_s: float) -> None:
+        try:
+            await driver.stop(instance_id, grace_s=grace_s)
+        except HypervisorError as exc:
+            # The delete that follows ends it by force, or fails with the same cause.
+            _log.warning("instance_stop_before_delete_failed", instance=instance_id, reason=exc.reason)
+
+    def _begin(self, slot: Slot, phase: Phase) -> Observation | None:
+        slot.busy = True
+        return self._instances.mark(slot, _DOING[phase])
+
+    def _ready(self, slot: Slot) -> None:
+        entry = slot.entry
+        assert entry is not None
+        slot.entry = msgspec.structs.replace(
+            entry,
+            phase=Phase.READY,
+            assignment=None,
+            start=False,
+            grace_s=0.0,
+            since=self._instances.clock.now(),
+        )
+        self._instances.journal.put_soon(slot.entry)
+
+
+def lost(entry: Entry, message: str, instances: LocalInstances) -> Observation:
+    """The observation of an instance of which its runtime has nothing any more."""
+    return Observation(
+        instance_id=entry.instance_id,
+        generation=entry.generation,
+        epoch=entry.epoch,
+        status=InstanceStatus.FAILED,
+        observed_at=instances.clock.now(),
+        reason="RUNTIME_LOST",
+        message=message,
+    )

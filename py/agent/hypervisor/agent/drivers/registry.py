@@ -1,0 +1,172 @@
+"""Which drivers there are: one visible table of ours, and those of other packages by entry point.
+
+An entry point of the group ``hypervisor.drivers`` names a :class:`DriverFactory`. A driver that cannot be made says
+why, at start-up and in the node's DriverInfo, and the others go on.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+
+import structlog
+
+from hypervisor.agent.config import ContainerdSection
+from hypervisor.agent.drivers.driver import VERBS, Driver
+from hypervisor.agent.drivers.fake import FakeConfig, FakeDriver
+from hypervisor.agent.drivers.guard import DriverDeadlines, GuardedDriver
+from hypervisor.agent.drivers.health import OfferedDriver
+from hypervisor.core.clock import Clock
+from hypervisor.core.errors import HypervisorError
+from hypervisor.core.ids import IdSource
+from hypervisor.core.model import Capability, DriverInfo
+from hypervisor.core.states import InstanceType
+
+__all__ = ["DRIVERS", "ENTRY_POINTS", "DriverContext", "DriverFactory", "Drivers", "make_drivers"]
+
+ENTRY_POINTS = "hypervisor.drivers"
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class DriverContext:
+    """What a factory gets. ``options`` is the driver's own part of the configuration, for third parties' drivers."""
+
+    clock: Clock
+    rng: random.Random
+    new_id: IdSource
+    data_dir: Path
+    containerd: ContainerdSection
+    archive_roots: tuple[Path, ...]
+    options: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class DriverFactory:
+    """How a driver is made. ``make`` may raise HypervisorError when it cannot work here."""
+
+    name: str
+    types: tuple[InstanceType, ...]
+    make: Callable[[DriverContext], Driver]
+
+
+@dataclass(frozen=True, slots=True)
+class Drivers:
+    """The drivers of a node, and those it lacks with the reason."""
+
+    offered: tuple[OfferedDriver, ...]
+    missing: tuple[DriverInfo, ...]
+
+
+def _make_containerd(context: DriverContext) -> Driver:
+    # Imported here: containerd's API is large, and nodes without containers do not need it.
+    from hypervisor.agent.drivers.containerd import ContainerdConfig, ContainerdDriver
+
+    section = context.containerd
+    config = ContainerdConfig(
+        address=section.address,
+        namespace=section.namespace,
+        snapshotter=section.snapshotter,
+        runtime=section.runtime,
+        console_root=section.console_root,
+        archive_roots=context.archive_roots,
+    )
+    return ContainerdDriver(config, clock=context.clock, rng=context.rng, new_id=context.new_id)
+
+
+def _make_fake(context: DriverContext) -> Driver:
+    return FakeDriver(FakeConfig(state_dir=context.data_dir / "fake"), clock=context.clock)
+
+
+DRIVERS: Mapping[str, DriverFactory] = {
+    "containerd": DriverFactory("containerd", (InstanceType.CONTAINER,), _make_containerd),
+    "fake": DriverFactory("fake", tuple(InstanceType), _make_fake),
+}
+"""Drivers of this package."""
+
+_BY_TYPE: Mapping[str, str] = {"container": "containerd"}
+"""Which of them ``drivers.enabled`` means by an instance type."""
+
+_LATER: Mapping[str, DriverInfo] = {
+    "vm": DriverInfo(
+        name="libvirt",
+        types=(InstanceType.VM,),
+        available=False,
+        reason="virtual machines come with the libvirt driver, which is not in this version",
+        capabilities=tuple(
+            Capability(verb=verb, supported=False, reason="the libvirt driver is not in this version")
+            for verb in VERBS
+        ),
+    ),
+    "microvm": DriverInfo(
+        name="firecracker",
+        types=(InstanceType.MICROVM,),
+        available=False,
+        reason="microVMs come with the Firecracker driver, which is not in this version",
+        capabilities=tuple(
+            Capability(verb=verb, supported=False, reason="the Firecracker driver is not in this version")
+            for verb in VERBS
+        ),
+    ),
+}
+
+
+def make_drivers(
+    enabled: Sequence[str],
+    context: DriverContext,
+    *,
+    deadlines: DriverDeadlines,
+    table: Mapping[str, DriverFactory] = DRIVERS,
+    third_party: Iterable[EntryPoint] | None = None,
+) -> Drivers:
+    """The drivers of ``drivers.enabled``: instance types (vm, container, microvm) or names of drivers.
+
+    A type that an earlier driver of the list runs already is not given to a later one.
+    """
+    found = {
+        entry.name: entry
+        for entry in (entry_points(group=ENTRY_POINTS) if third_party is None else third_party)
+    }
+    offered: list[OfferedDriver] = []
+    missing: list[DriverInfo] = []
+    taken: set[InstanceType] = set()
+    for word in dict.fromkeys(enabled):
+        name = _BY_TYPE.get(word, word)
+        if word in _LATER:
+            missing.append(_LATER[word])
+            continue
+        try:
+            factory = table[name] if name in table else _load(found, name)
+            driver = factory.make(context)
+        except HypervisorError as exc:
+            missing.append(_failed(table.get(name), name, exc.message))
+            continue
+        except Exception as exc:
+            # A plug-in boundary: whatever a factory does wrong, the node's other drivers go on.
+            _log.exception("driver_not_made", driver=name)
+            missing.append(_failed(table.get(name), name, f"it could not be made: {exc}"))
+            continue
+        types = tuple(kind for kind in factory.types if kind not in taken)
+        taken.update(types)
+        offered.append(OfferedDriver(GuardedDriver(driver, deadlines=deadlines), types))
+    return Drivers(tuple(offered), tuple(missing))
+
+
+def _load(found: Mapping[str, EntryPoint], name: str) -> DriverFactory:
+    if name not in found:
+        raise LookupError(
+            f"no driver is named {name}: drivers.enabled takes vm, container, microvm, fake"
+            + "".join(f", {other}" for other in sorted(found))
+        )
+    factory = found[name].load()
+    if not isinstance(factory, DriverFactory):
+        raise TypeError(f"the entry point {found[name].value} is no DriverFactory")
+    return factory
+
+
+def _failed(factory: DriverFactory | None, name: str, reason: str) -> DriverInfo:
+    return DriverInfo(
+        name=name, types=factory.types if factory is not None else (), available=False, reason=reason
+    )

@@ -1,0 +1,46 @@
+"""What the journal keeps of one instance: who runs it, which copy it is, and the action that may be unfinished.
+
+An :class:`Entry` is written before an action (``phase`` says which) and again after it (``READY``). After a crash the
+phase is what recovery has to bring to an end; see drivers/recovery.py.
+"""
+
+from datetime import datetime
+from enum import StrEnum
+
+import msgspec
+
+from hypervisor.agent.drivers.driver import Assignment
+
+__all__ = ["Entry", "Phase"]
+
+
+class Phase(StrEnum):
+    """The action begun and not known to be finished; READY for none."""
+
+    CREATING = "creating"
+    READY = "ready"
+    STARTING = "starting"
+    STOPPING = "stopping"
+    RESTARTING = "restarting"
+    DELETING = "deleting"
+    UNDOING = "undoing"
+    """A create failed and what it left is being removed."""
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One instance of this node. ``since`` is when the phase began, by the node's clock."""
+
+    instance_id: str
+    driver: str
+    generation: int
+    epoch: int
+    phase: Phase
+    since: datetime
+    handle: dict[str, str] = {}
+    """What the driver's ``create`` returned; empty before, and for instances found without a journal."""
+    assignment: Assignment | None = None
+    """Kept while CREATING only: what is needed to finish the create."""
+    start: bool = False
+    """While CREATING: whether it is to be started."""
+    grace_s: float = 0.0
+    """While STOPPING, RESTARTING or DELETING: what the caller allowed."""
