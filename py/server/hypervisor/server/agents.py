@@ -1,0 +1,122 @@
+"""What the control plane asks of nodes, as Protocols, and what their consoles yield.
+
+``agent_pool.py`` implements them over gRPC; tests have one in memory.
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from hypervisor.core.model import ConsoleSize, Instance, InstanceStats, Node, Observation
+from hypervisor.server.services import ConsoleSession
+
+__all__ = [
+    "Agent",
+    "Agents",
+    "CallContext",
+    "ConsoleClosed",
+    "ConsoleData",
+    "ConsoleOpened",
+    "ConsoleSkipped",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class CallContext:
+    """Under which request id to call, and after how many seconds to give up."""
+
+    request_id: str
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ConsoleOpened:
+    """The session began; ``replay_bytes`` of past output follow first."""
+
+    instance_id: str
+    replay_bytes: int
+    resizable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ConsoleData:
+    """Bytes from the instance."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ConsoleSkipped:
+    """This viewer was too slow and did not get so many bytes."""
+
+    byte_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class ConsoleClosed:
+    """The console ended: EXITED, DELETED or DETACHED. Nothing follows."""
+
+    reason: str
+    exit_code: int | None = field(default=None)
+
+
+class Agent(Protocol):
+    """One node's agent. All calls are idempotent and keyed by the instance's id, generation and epoch.
+
+    Errors: what the agent answers; ``Unavailable`` (``NODE_UNREACHABLE``) when it cannot be reached or the call broke
+    off, so that whether it was carried out is unknown; ``DeadlineExceeded`` after ``context.timeout_s``.
+    """
+
+    async def create(self, instance: Instance, context: CallContext, *, start: bool) -> Observation:
+        """Make it and, with ``start``, start it. When it fails nothing of it is left on the node."""
+        ...
+
+    async def start(self, instance: Instance, context: CallContext) -> Observation:
+        """Start it; one that runs is left alone."""
+        ...
+
+    async def stop(self, instance: Instance, context: CallContext, *, grace_s: float) -> Observation:
+        """Stop it; one that does not run is left alone."""
+        ...
+
+    async def restart(self, instance: Instance, context: CallContext, *, grace_s: float) -> Observation:
+        """Stop and start it."""
+        ...
+
+    async def delete(self, instance: Instance, context: CallContext, *, grace_s: float) -> bool:
+        """Remove it and all it used; returns whether there was anything."""
+        ...
+
+    async def list(self, context: CallContext) -> tuple[Observation, ...]:
+        """Everything the node has."""
+        ...
+
+    async def stats(self, instance_id: str, context: CallContext) -> InstanceStats:
+        """A fresh sample. ``FailedPrecondition`` (``NOT_RUNNING``)."""
+        ...
+
+    def watch_stats(
+        self, instance_id: str, context: CallContext, *, interval_s: float
+    ) -> AsyncIterator[InstanceStats]:
+        """Samples until the iterator is closed or the instance ends. ``context.timeout_s`` does not apply."""
+        ...
+
+    async def attach_console(
+        self,
+        instance_id: str,
+        context: CallContext,
+        *,
+        read_only: bool,
+        replay_bytes: int,
+        size: ConsoleSize | None,
+    ) -> ConsoleSession:
+        """Open the terminal. ``context.timeout_s`` is for the opening; the session has no end."""
+        ...
+
+
+class Agents(Protocol):
+    """All agents."""
+
+    def agent(self, node: Node) -> Agent:
+        """The agent of a node, at the address its record has now."""
+        ...

@@ -1,0 +1,281 @@
+"""Group commit: decisions that are waiting while a transaction is in flight go into the next one together.
+
+One loop makes and commits all batches of this server, one after another, so that its decisions never conflict with
+each other. When another server was faster (``Conflicted``) the records that moved are taken from the store's answer
+and all decisions of the batch are made again, refusals included: a refusal, too, rests on what was known.
+"""
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar, cast
+
+import msgspec
+import structlog
+
+from hypervisor.core.clock import Clock
+from hypervisor.core.errors import HypervisorError, Internal, InvalidArgument, NotFound, Unavailable
+from hypervisor.server.cluster_state import Update, decode_item
+from hypervisor.server.drafts import Batch, Decision
+from hypervisor.server.failures import copy_of
+from hypervisor.server.keys import RecordKey
+from hypervisor.server.services import Versioned
+from hypervisor.server.store.storage import Committed, Conflicted, Item, Storage
+from hypervisor.server.view import StoreView
+
+__all__ = ["Decided", "GroupCommitter", "Knowledge"]
+
+T = TypeVar("T", bound=msgspec.Struct)
+V = TypeVar("V")
+
+_MAX_ATTEMPTS = 64
+_CALM_ATTEMPTS = 3
+"""Conflicts in a row after which the committer pauses, so that two servers do not chase each other."""
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Decided(Generic[V]):
+    """A decision that was made on ``revision``; what it wrote, if anything, has this revision."""
+
+    value: V
+    revision: int
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    decision: Decision[Any]
+    then: Callable[[Any, int], None] | None
+    future: asyncio.Future[Decided[Any]]
+    alone: bool = False
+    attempts: int = 0
+    outcome: Any = None
+    error: Exception | None = field(default=None)
+
+
+class Knowledge:
+    """The view, and over it what this server has learned from its own commits and the view has not seen yet."""
+
+    def __init__(self, view: StoreView) -> None:
+        self._view = view
+        self._learned: dict[str, tuple[int, Update, int]] = {}
+
+    @property
+    def revision(self) -> int:
+        """Newest revision of which something is known."""
+        return max((at for at, _, _ in self._learned.values()), default=self._view.revision)
+
+    def find(self, key: RecordKey[T]) -> Versioned[T] | None:
+        """The record as last known. Raises ``Internal`` where it cannot be read."""
+        learned = self._newer(key.path)
+        if learned is None:
+            return self._view.find(key)
+        if learned[1].error is not None:
+            raise learned[1].error
+        return cast("Versioned[T] | None", learned[1].record)
+
+    def mod_revision(self, path: str) -> int:
+        """Its revision; 0 where it does not exist."""
+        learned = self._newer(path)
+        return self._view.mod_revision(path) if learned is None else learned[2]
+
+    def learn_commit(self, revision: int, updates: Iterable[Update]) -> None:
+        """This server's commit wrote ``updates``."""
+        self._view.offer(revision, updates)
+        if self._view.revision < revision:
+            for update in updates:
+                self._learned[update.path] = (revision, update, 0 if update.deleted else revision)
+
+    def learn_items(self, revision: int, current: Mapping[str, Item | None]) -> None:
+        """The store said what these keys hold at ``revision``."""
+        for path, item in current.items():
+            if revision > self._view.revision:
+                update = decode_item(path, item)
+                self._learned[path] = (revision, update, 0 if item is None else item.mod_revision)
+
+    def forget_seen(self) -> None:
+        """Drop what the view has seen by now."""
+        if self._learned:
+            seen = self._view.revision
+            self._learned = {p: entry for p, entry in self._learned.items() if entry[0] > seen}
+
+    def _newer(self, path: str) -> tuple[int, Update, int] | None:
+        learned = self._learned.get(path)
+        return learned if learned is not None and learned[0] > self._view.revision else None
+
+
+class GroupCommitter:
+    """Makes decisions and commits them; see the module's docstring. ``run`` must be running."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        view: StoreView,
+        clock: Clock,
+        *,
+        rng: random.Random,
+        queue_limit: int = 20_000,
+    ) -> None:
+        self._storage = storage
+        self._view = view
+        self._clock = clock
+        self._rng = rng
+        self._queue_limit = queue_limit
+        self._queue: deque[_Entry] = deque()
+        self._wake = asyncio.Event()
+        self._closed = False
+        self.known = Knowledge(view)
+        self.commits = 0
+        self.decisions = 0
+
+    def find(self, key: RecordKey[T]) -> Versioned[T] | None:
+        """The record as last known, this server's own commits included."""
+        return self.known.find(key)
+
+    async def commit(
+        self, decision: Decision[V], *, then: Callable[[V, int], None] | None = None
+    ) -> Decided[V]:
+        """Make the decision and commit it; raises what the decision raises.
+
+        ``then(value, revision)`` is called right after the commit, even when the caller was cancelled meanwhile.
+        A caller that is cancelled before its decision was begun withdraws it. ``Unavailable`` when the store cannot
+        be reached, too many decisions wait (``SERVER_BUSY``) or this server stops; ``OutcomeUnknown`` as in the
+        storage contract.
+        """
+        if self._closed:
+            raise _stopping()
+        if len(self._queue) >= self._queue_limit:
+            raise Unavailable(
+                f"{len(self._queue)} changes wait for the store already: try again later",
+                reason="SERVER_BUSY",
+                metadata={"waiting": str(len(self._queue))},
+                retry_after_s=1.0,
+            )
+        future: asyncio.Future[Decided[Any]] = asyncio.get_running_loop().create_future()
+        self._queue.append(_Entry(decision, then, future))
+        self._wake.set()
+        return cast("Decided[V]", await future)
+
+    async def run(self) -> None:
+        """Commit until cancelled; what is waiting then fails with ``Unavailable`` (``SERVER_STOPPING``)."""
+        await self._view.loaded()
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                while self._queue:
+                    await self._commit_next()
+        finally:
+            self._closed = True
+            for entry in self._queue:
+                if not entry.future.done():
+                    entry.future.set_exception(_stopping())
+            self._queue.clear()
+
+    async def _commit_next(self) -> None:
+        self.known.forget_seen()
+        batch = Batch(self.known, now=self._clock.now())
+        entries = self._fill(batch)
+        if batch.empty:
+            self._resolve(entries, self.known.revision)
+            return
+        try:
+            outcome = await self._storage.commit(batch.compares(), batch.operations())
+        except HypervisorError as exc:
+            self._failed(entries, exc)
+            return
+        except asyncio.CancelledError:
+            for entry in entries:
+                if not entry.future.done():
+                    entry.future.set_exception(_stopping())
+            raise
+        match outcome:
+            case Committed(revision):
+                self.commits += 1
+                self.decisions += len(entries)
+                self.known.learn_commit(revision, tuple(batch.updates(revision)))
+                self._resolve(entries, revision)
+            case Conflicted(revision, current):
+                self.known.learn_items(revision, current)
+                await self._again(entries)
+
+    def _fill(self, batch: Batch) -> list[_Entry]:
+        taken: list[_Entry] = []
+        while self._queue:
+            entry = self._queue[0]
+            if entry.future.done():
+                self._queue.popleft()
+                continue
+            if entry.alone and taken:
+                break
+            draft = batch.draft()
+            entry.outcome, entry.error = None, None
+            try:
+                entry.outcome = entry.decision(draft)
+            except HypervisorError as exc:
+                entry.error = exc
+            except Exception as exc:  # a defect in one decision must not end everybody's commits
+                log.exception("decision_failed")
+                entry.error = Internal(f"a decision failed: {exc!r}")
+            else:
+                if not batch.admit(draft):
+                    break
+            self._queue.popleft()
+            taken.append(entry)
+            if entry.alone:
+                break
+        return taken
+
+    def _resolve(self, entries: Iterable[_Entry], revision: int) -> None:
+        for entry in entries:
+            if entry.error is None and entry.then is not None:
+                entry.then(entry.outcome, revision)
+            if entry.future.done():
+                continue
+            if entry.error is not None:
+                entry.future.set_exception(entry.error)
+            else:
+                entry.future.set_result(Decided(entry.outcome, revision))
+
+    def _failed(self, entries: list[_Entry], error: HypervisorError) -> None:
+        if isinstance(error, InvalidArgument | NotFound) and len(entries) > 1:
+            # One of them is at fault (a lease that ended, a record too large): the others shall not suffer.
+            for entry in entries:
+                entry.alone = True
+            self._queue.extendleft(reversed(entries))
+            return
+        self._view.suspect()
+        log.warning("commit_failed", reason=error.reason, error=str(error), decisions=len(entries))
+        for entry in entries:
+            if not entry.future.done():
+                entry.future.set_exception(copy_of(error))
+
+    async def _again(self, entries: list[_Entry]) -> None:
+        for entry in entries:
+            entry.attempts += 1
+        worn_out = [e for e in entries if e.attempts >= _MAX_ATTEMPTS]
+        if worn_out:
+            # Contention as long as that is unheard of: rather does the view miss a change.
+            self._view.distrust()
+        for entry in worn_out:
+            if not entry.future.done():
+                entry.future.set_exception(
+                    Unavailable(
+                        "other servers keep changing the same records: try again",
+                        reason="STORE_CONTENTION",
+                        retry_after_s=1.0,
+                    )
+                )
+        self._queue.extendleft(reversed([e for e in entries if e.attempts < _MAX_ATTEMPTS]))
+        attempts = max(e.attempts for e in entries)
+        if attempts > _CALM_ATTEMPTS:
+            await self._clock.sleep(self._rng.random() * min(0.001 * 2.0**attempts, 0.1))
+
+
+def _stopping() -> Unavailable:
+    return Unavailable(
+        "this server is stopping: try another one", reason="SERVER_STOPPING", retry_after_s=1.0
+    )

@@ -1,0 +1,131 @@
+"""A console of an instance through its agent: the bidirectional stream as a session of domain values."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+
+import grpc
+
+from hypervisor.core.errors import FailedPrecondition, HypervisorError, Unavailable
+from hypervisor.core.model import ConsoleSize
+from hypervisor.server.agents import ConsoleClosed, ConsoleData, ConsoleOpened, ConsoleSkipped
+from hypervisor.v1 import instance_pb2
+
+__all__ = ["AgentConsole", "open_console"]
+
+Call = grpc.aio.StreamStreamCall[instance_pb2.ConsoleInput, instance_pb2.ConsoleOutput]
+Output = ConsoleOpened | ConsoleData | ConsoleSkipped | ConsoleClosed
+
+
+class AgentConsole:
+    """See ``ConsoleSession``. Made by :func:`open_console`, whose call it owns."""
+
+    def __init__(
+        self,
+        call: Call,
+        opened: ConsoleOpened,
+        *,
+        error_of: Callable[[grpc.aio.AioRpcError], HypervisorError],
+    ) -> None:
+        self._call = call
+        self._opened = opened
+        self._error_of = error_of
+        self._sending = asyncio.Lock()
+
+    async def output(self) -> AsyncGenerator[Output, None]:
+        """What the viewer receives, ``ConsoleOpened`` first; ends after ``ConsoleClosed``. One consumer."""
+        yield self._opened
+        try:
+            async for message in self._call:
+                event = _event(message)
+                if event is not None:
+                    yield event
+                if isinstance(event, ConsoleClosed):
+                    return
+        except grpc.aio.AioRpcError as exc:
+            raise self._error_of(exc) from exc
+        yield ConsoleClosed("DETACHED")
+
+    async def send(self, data: bytes) -> None:
+        """Type bytes; waits while the agent does not take them."""
+        await self._write(instance_pb2.ConsoleInput(data=data))
+
+    async def resize(self, size: ConsoleSize) -> None:
+        """The viewer's terminal changed."""
+        await self._write(
+            instance_pb2.ConsoleInput(
+                resize=instance_pb2.ConsoleInput.Resize(width=size.width, height=size.height)
+            )
+        )
+
+    async def aclose(self) -> None:
+        """Detach; idempotent."""
+        self._call.cancel()
+
+    async def _write(self, message: instance_pb2.ConsoleInput) -> None:
+        try:
+            async with self._sending:  # grpc.aio takes one write at a time
+                await self._call.write(message)
+        except grpc.aio.AioRpcError as exc:
+            raise self._error_of(exc) from exc
+        except asyncio.InvalidStateError as exc:
+            raise FailedPrecondition("the console has ended", reason="CONSOLE_ENDED") from exc
+
+
+async def open_console(
+    call: Call,
+    instance_id: str,
+    *,
+    timeout_s: float,
+    read_only: bool,
+    replay_bytes: int,
+    size: ConsoleSize | None,
+    error_of: Callable[[grpc.aio.AioRpcError], HypervisorError],
+) -> AgentConsole:
+    """Begin a session on a fresh call; the call is cancelled when that fails."""
+    opening = instance_pb2.ConsoleInput.Open(
+        instance=instance_id, read_only=read_only, replay_bytes=replay_bytes
+    )
+    if size is not None:
+        opening.size.width, opening.size.height = size.width, size.height
+    try:
+        async with asyncio.timeout(timeout_s):
+            await call.write(instance_pb2.ConsoleInput(open=opening))
+            first = await call.read()
+    except grpc.aio.AioRpcError as exc:
+        raise error_of(exc) from exc
+    except TimeoutError as exc:
+        call.cancel()
+        raise Unavailable(
+            f"the console of {instance_id} was not opened within {timeout_s:g} s",
+            reason="NODE_UNREACHABLE",
+            retry_after_s=1.0,
+        ) from exc
+    except BaseException:
+        call.cancel()
+        raise
+    event = _event(first) if isinstance(first, instance_pb2.ConsoleOutput) else None
+    if not isinstance(event, ConsoleOpened):
+        call.cancel()
+        raise Unavailable(
+            f"the agent closed the console of {instance_id} at once",
+            reason="CONSOLE_ENDED",
+            retry_after_s=1.0,
+        )
+    return AgentConsole(call, event, error_of=error_of)
+
+
+def _event(message: instance_pb2.ConsoleOutput) -> Output | None:
+    """The domain value of a message; None for kinds this version does not know."""
+    match message.WhichOneof("output"):
+        case "opened":
+            opened = message.opened
+            return ConsoleOpened(opened.instance_id, opened.replay_bytes, opened.resizable)
+        case "data":
+            return ConsoleData(message.data)
+        case "skipped":
+            return ConsoleSkipped(message.skipped.bytes)
+        case "closed":
+            closed = message.closed
+            return ConsoleClosed(closed.reason, closed.exit_code if closed.HasField("exit_code") else None)
+        case _:
+            return None

@@ -1,0 +1,133 @@
+"""The domain half of the server, put together: everything behind the API, over any store and any agents.
+
+``app.py`` makes one from the configuration; tests make several over one store.
+"""
+
+import asyncio
+import random
+from dataclasses import dataclass, field
+
+from hypervisor.core.clock import Clock
+from hypervisor.core.ids import IdSource
+from hypervisor.core.states import PlacementPolicy
+from hypervisor.server.agents import Agents
+from hypervisor.server.committer import GroupCommitter
+from hypervisor.server.executor import ExecutorSettings, OperationExecutor
+from hypervisor.server.instances import InstanceService
+from hypervisor.server.membership import Membership
+from hypervisor.server.nodes import NodeService
+from hypervisor.server.operations import OperationService, Waiters
+from hypervisor.server.placement import Placer
+from hypervisor.server.reconcile.loop import Reconciler, ReconcilerSettings
+from hypervisor.server.scheduler.contract import Scheduler
+from hypervisor.server.services import HeartbeatTimes
+from hypervisor.server.store.storage import Storage
+from hypervisor.server.view import StoreView, ViewSettings
+
+__all__ = ["ControlPlane", "ControlPlaneSettings"]
+
+
+@dataclass(frozen=True, slots=True)
+class ControlPlaneSettings:
+    """This server's identity and the settings of its parts."""
+
+    server_id: str
+    address: str
+    version: str
+    heartbeat: HeartbeatTimes = field(default_factory=lambda: HeartbeatTimes(10.0, 30.0))
+    policy: PlacementPolicy = PlacementPolicy.SPREAD
+    scheduler_seed: int = 0
+    server_ttl_s: float = 15.0
+    view: ViewSettings = field(default_factory=ViewSettings)
+    executor: ExecutorSettings = field(default_factory=ExecutorSettings)
+    reconciler: ReconcilerSettings = field(default_factory=ReconcilerSettings)
+
+
+class ControlPlane:
+    """``run`` runs all parts; ``ready`` returns when calls may be served."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        agents: Agents,
+        scheduler: Scheduler,
+        clock: Clock,
+        *,
+        new_id: IdSource,
+        rng: random.Random,
+        settings: ControlPlaneSettings,
+    ) -> None:
+        server_id = settings.server_id
+        self.view = StoreView(storage, clock, settings=settings.view)
+        self.committer = GroupCommitter(storage, self.view, clock, rng=rng)
+        waiters = Waiters()
+        self.executor = OperationExecutor(
+            self.view,
+            self.committer,
+            agents,
+            waiters,
+            clock,
+            server_id=server_id,
+            rng=rng,
+            settings=settings.executor,
+        )
+        self.operations = OperationService(
+            self.view,
+            self.committer,
+            clock,
+            new_id=new_id,
+            server_id=server_id,
+            waiters=waiters,
+            wake=self.executor.wake,
+        )
+        self.nodes = NodeService(
+            storage, self.view, self.committer, self.operations, clock, times=settings.heartbeat
+        )
+        placer = Placer(
+            scheduler, self.view.nodes, default_policy=settings.policy, seed=settings.scheduler_seed
+        )
+        self.instances = InstanceService(
+            self.view,
+            self.committer,
+            self.executor,
+            self.operations,
+            placer,
+            agents,
+            clock,
+            new_id=new_id,
+            last_stats=self.nodes.last_stats,
+        )
+        self.membership = Membership(
+            storage,
+            self.committer,
+            clock,
+            server_id=server_id,
+            address=settings.address,
+            version=settings.version,
+            new_id=new_id,
+            ttl_s=settings.server_ttl_s,
+        )
+        self.reconciler = Reconciler(
+            storage,
+            self.view,
+            self.committer,
+            self.executor,
+            agents,
+            clock,
+            server_id=server_id,
+            settings=settings.reconciler,
+        )
+
+    async def ready(self) -> None:
+        """Return once the cluster is in memory and the others can see this server."""
+        await self.view.loaded()
+        await self.membership.joined()
+
+    async def run(self) -> None:
+        """Run all parts until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.view.run(), name="view")
+            group.create_task(self.committer.run(), name="committer")
+            group.create_task(self.executor.run(), name="executor")
+            group.create_task(self.membership.run(), name="membership")
+            group.create_task(self.reconciler.run(), name="reconciler")

@@ -1,0 +1,178 @@
+"""Instances: what the calls of ComputeService do. Implements ``Instances``; compute.proto has the rules."""
+
+from collections.abc import AsyncIterator, Callable
+
+from hypervisor.core.clock import Clock
+from hypervisor.core.errors import FailedPrecondition
+from hypervisor.core.ids import IdSource
+from hypervisor.core.model import ConsoleSize, Instance, InstanceStats, Node, OperationRecord
+from hypervisor.core.states import ACTIVE, NodeStatus
+from hypervisor.server import keys
+from hypervisor.server.agents import Agents, CallContext
+from hypervisor.server.committer import GroupCommitter
+from hypervisor.server.drafts import Batch
+from hypervisor.server.executor import OperationExecutor
+from hypervisor.server.operations import OperationService
+from hypervisor.server.placement import Placer
+from hypervisor.server.services import (
+    Caller,
+    ConsoleSession,
+    InstanceDraft,
+    InstanceRef,
+    Kind,
+    Mutation,
+    StopOptions,
+    Versioned,
+)
+from hypervisor.server.verbs import (
+    VERBS,
+    begin,
+    check_capability,
+    check_version,
+    instance_not_found,
+    node_unreachable,
+)
+from hypervisor.server.view import StoreView
+
+__all__ = ["InstanceService"]
+
+_STATS_TIMEOUT_S = 10.0
+_CONSOLE_TIMEOUT_S = 10.0
+
+
+class InstanceService:
+    """See ``Instances`` for the contract."""
+
+    def __init__(
+        self,
+        view: StoreView,
+        committer: GroupCommitter,
+        executor: OperationExecutor,
+        operations: OperationService,
+        placer: Placer,
+        agents: Agents,
+        clock: Clock,
+        *,
+        new_id: IdSource,
+        last_stats: Callable[[str], InstanceStats | None],
+    ) -> None:
+        self._view = view
+        self._committer = committer
+        self._executor = executor
+        self._operations = operations
+        self._placer = placer
+        self._agents = agents
+        self._clock = clock
+        self._new_id = new_id
+        self._last_stats = last_stats
+
+    async def create(self, draft: InstanceDraft, mutation: Mutation) -> Versioned[OperationRecord]:
+        operation = self._operations.open(
+            "create",
+            mutation,
+            object_kind=Kind.INSTANCE,
+            object_id=self._new_id("i"),
+            object_name=draft.name,
+            project=draft.project,
+        )
+        deadline = self._executor.settings.deadline(self._clock.now(), "create")
+        decided = await self._committer.commit(
+            lambda d: self._placer.reserve(d, draft, operation=operation, deadline=deadline),
+            then=self._executor.begin,
+        )
+        return await self._operations.conclude(decided, wait=mutation.wait)
+
+    async def plan(self, draft: InstanceDraft) -> Instance:
+        batch = Batch(self._committer.known, now=self._clock.now())
+        return self._placer.preview(batch.draft(), draft)
+
+    async def start(self, ref: InstanceRef, mutation: Mutation) -> Versioned[OperationRecord]:
+        return await self._begin("start", ref, mutation)
+
+    async def stop(
+        self, ref: InstanceRef, mutation: Mutation, *, options: StopOptions
+    ) -> Versioned[OperationRecord]:
+        return await self._begin("stop", ref, mutation, grace_s=options.grace_s)
+
+    async def restart(
+        self, ref: InstanceRef, mutation: Mutation, *, options: StopOptions
+    ) -> Versioned[OperationRecord]:
+        return await self._begin("restart", ref, mutation, grace_s=options.grace_s)
+
+    async def delete(
+        self, ref: InstanceRef, mutation: Mutation, *, options: StopOptions, force: bool
+    ) -> Versioned[OperationRecord]:
+        return await self._begin("delete", ref, mutation, grace_s=options.grace_s, force=force)
+
+    async def _begin(
+        self,
+        verb: str,
+        ref: InstanceRef,
+        mutation: Mutation,
+        *,
+        grace_s: float | None = None,
+        force: bool = False,
+    ) -> Versioned[OperationRecord]:
+        operation = self._operations.open(verb, mutation, object_kind=Kind.INSTANCE, grace_s=grace_s)
+        deadline = self._executor.settings.deadline(self._clock.now(), verb, grace_s=grace_s)
+        decided = await self._committer.commit(
+            lambda d: begin(d, VERBS[verb], ref, operation=operation, deadline=deadline, force=force),
+            then=self._executor.begin,
+        )
+        return await self._operations.conclude(decided, wait=mutation.wait)
+
+    def resolve(self, ref: InstanceRef) -> Versioned[Instance]:
+        found = self._view.instance(ref.instance) or self._view.instance_named(ref.project, ref.instance)
+        if found is None:
+            raise instance_not_found(ref)
+        check_version(found, ref.resource_version, what=f"instance {found.value.name}")
+        return found
+
+    async def stats(self, ref: InstanceRef, caller: Caller) -> InstanceStats:
+        instance, node = self._running(ref, "stats")
+        context = CallContext(caller.request_id, _STATS_TIMEOUT_S)
+        return await self._agents.agent(node).stats(instance.id, context)
+
+    async def watch_stats(
+        self, ref: InstanceRef, caller: Caller, *, interval_s: float
+    ) -> AsyncIterator[InstanceStats]:
+        instance, node = self._running(ref, "stats")
+        context = CallContext(caller.request_id, _STATS_TIMEOUT_S)
+        async for sample in self._agents.agent(node).watch_stats(instance.id, context, interval_s=interval_s):
+            yield sample
+
+    def last_stats(self, instance_id: str) -> InstanceStats | None:
+        return self._last_stats(instance_id)
+
+    async def attach_console(
+        self,
+        ref: InstanceRef,
+        caller: Caller,
+        *,
+        read_only: bool,
+        replay_bytes: int,
+        size: ConsoleSize | None,
+    ) -> ConsoleSession:
+        instance, node = self._running(ref, "console")
+        return await self._agents.agent(node).attach_console(
+            instance.id,
+            CallContext(caller.request_id, _CONSOLE_TIMEOUT_S),
+            read_only=read_only,
+            replay_bytes=replay_bytes,
+            size=size,
+        )
+
+    def _running(self, ref: InstanceRef, verb: str) -> tuple[Instance, Node]:
+        """The instance and its node, for what only a running instance on a living node has."""
+        instance = self.resolve(ref).value
+        node = self._committer.find(keys.node(instance.node_id))
+        if node is None or node.value.status is NodeStatus.OFFLINE:
+            raise node_unreachable(instance, node.value if node else None)
+        check_capability(instance, node.value, verb)
+        if instance.status not in ACTIVE:
+            raise FailedPrecondition(
+                f"instance {instance.name} is {instance.status.value}: start it first",
+                reason="NOT_RUNNING",
+                metadata={"instance_id": instance.id, "status": instance.status.value},
+            )
+        return instance, node.value

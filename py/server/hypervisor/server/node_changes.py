@@ -1,0 +1,226 @@
+"""How the records of nodes, and of the instances on them, change by what agents and users say. Pure decisions."""
+
+from msgspec import structs
+
+from hypervisor.core.errors import AlreadyExists, FailedPrecondition, NotFound
+from hypervisor.core.model import Allocation, Node, Observation
+from hypervisor.core.states import DesiredState, InstanceStatus, NodeStatus, can_move
+from hypervisor.server import keys
+from hypervisor.server.drafts import Draft
+from hypervisor.server.observations import fold, lost
+from hypervisor.server.records import HostnameClaim, NodeLease
+from hypervisor.server.services import NodeRegistration
+from hypervisor.server.store.storage import Compare
+
+__all__ = [
+    "fold_observation",
+    "incarnation_mismatch",
+    "mark_lost",
+    "mark_offline",
+    "mark_unknown",
+    "node_not_found",
+    "record_cordon",
+    "record_deregistration",
+    "record_registration",
+]
+
+
+def record_registration(draft: Draft, registration: NodeRegistration, *, lease_id: str) -> tuple[Node, bool]:
+    """The node joins or comes back, bound to the lease. Returns it, and whether its agent was started anew.
+
+    Raises ``AlreadyExists`` (``HOSTNAME_TAKEN``) and ``FailedPrecondition`` (``NODE_ID_IN_USE``).
+    """
+    found = draft.get(keys.node(registration.id))
+    old = None if found is None else found.value
+    if old is not None and old.incarnation != registration.incarnation:
+        _check_id_is_free(draft, old, registration)
+    _claim_hostname(draft, old, registration)
+    schedulable = True if old is None else old.schedulable
+    node = Node(
+        id=registration.id,
+        hostname=registration.hostname,
+        address=registration.address,
+        port=registration.port,
+        created_at=draft.now if old is None else old.created_at,
+        updated_at=draft.now,
+        region=registration.region,
+        zone=registration.zone,
+        role=registration.role,
+        status=NodeStatus.READY if schedulable else NodeStatus.MAINTENANCE,
+        capacity=registration.resources.capacity,
+        labels=dict(registration.labels),
+        drivers=registration.drivers,
+        schedulable=schedulable,
+        cordon_reason="" if old is None else old.cordon_reason,
+        status_message="" if old is None else old.cordon_reason,
+        agent_version=registration.agent_version,
+        incarnation=registration.incarnation,
+        lease_id=lease_id,
+        simulated=registration.simulated,
+    )
+    draft.put(keys.node(node.id), node)
+    draft.put(keys.node_lease(node.id), NodeLease(incarnation=node.incarnation), lease_id=lease_id)
+    if draft.get(keys.allocation(node.id)) is None:
+        draft.put(keys.allocation(node.id), Allocation(node_id=node.id))
+    return node, old is None or old.incarnation != registration.incarnation
+
+
+def _check_id_is_free(draft: Draft, old: Node, registration: NodeRegistration) -> None:
+    # An agent that was started again at the same address is the same node: two processes cannot listen there.
+    moved = (old.address, old.port) != (registration.address, registration.port)
+    if moved and draft.get(keys.node_lease(old.id)) is not None:
+        raise FailedPrecondition(
+            f"node id {old.id} is in use by a live agent at {old.address}:{old.port}: give this agent a data "
+            "directory of its own, or stop the other one and wait for heartbeat.timeout",
+            reason="NODE_ID_IN_USE",
+            metadata={"node_id": old.id, "address": f"{old.address}:{old.port}"},
+        )
+
+
+def _claim_hostname(draft: Draft, old: Node | None, registration: NodeRegistration) -> None:
+    claim_key = keys.hostname(registration.hostname)
+    claim = draft.get(claim_key)
+    if claim is not None and claim.value.node_id != registration.id:
+        if draft.get(keys.node_lease(claim.value.node_id)) is not None:
+            raise AlreadyExists(
+                f"node {claim.value.node_id}, which is alive, has the host name {registration.hostname}: "
+                "set node.hostname to another one",
+                reason="HOSTNAME_TAKEN",
+                metadata={"hostname": registration.hostname, "node_id": claim.value.node_id},
+            )
+        claim = None
+    if claim is None:
+        draft.put(claim_key, HostnameClaim(node_id=registration.id))
+    if old is not None and old.hostname != registration.hostname:
+        _free_hostname(draft, old)
+
+
+def _free_hostname(draft: Draft, node: Node) -> None:
+    claim = draft.get(keys.hostname(node.hostname))
+    if claim is not None and claim.value.node_id == node.id:
+        draft.delete(keys.hostname(node.hostname))
+
+
+def record_deregistration(draft: Draft, node: Node, *, placed: int) -> None:
+    """Remove the node. The allocation goes with it, so that a placement made meanwhile conflicts."""
+    held = draft.get(keys.allocation(node.id))
+    if placed or (held is not None and held.value.instances):
+        raise FailedPrecondition(
+            f"node {node.hostname} has {max(placed, held.value.instances if held else 0)} instances: delete them "
+            "first",
+            reason="NODE_HAS_INSTANCES",
+            metadata={"node_id": node.id, "instances": str(placed)},
+        )
+    if draft.get(keys.node_lease(node.id)) is not None:
+        raise FailedPrecondition(
+            f"the agent of node {node.hostname} is alive: stop it and wait until the node is offline",
+            reason="NODE_READY",
+            metadata={"node_id": node.id},
+        )
+    draft.delete(keys.node(node.id))
+    draft.delete(keys.allocation(node.id))
+    _free_hostname(draft, node)
+
+
+def record_cordon(draft: Draft, node: Node, *, schedulable: bool, reason: str) -> None:
+    """Take the node out of placement, or back in; nothing changes where it is so already."""
+    if (node.schedulable, node.cordon_reason) == (schedulable, reason):
+        return
+    status, message = node.status, node.status_message
+    if status is not NodeStatus.OFFLINE:
+        status = NodeStatus.READY if schedulable else NodeStatus.MAINTENANCE
+        message = reason
+    draft.put(
+        keys.node(node.id),
+        structs.replace(
+            node,
+            schedulable=schedulable,
+            cordon_reason=reason,
+            status=status,
+            status_message=message,
+            updated_at=draft.now,
+        ),
+    )
+
+
+def fold_observation(draft: Draft, *, node_id: str, seen: Observation, authoritative: bool) -> bool:
+    """Take in what a node's agent saw; returns whether the node should have the instance."""
+    found = draft.get(keys.instance(seen.instance_id))
+    if found is None or found.value.node_id != node_id or found.value.epoch > seen.epoch:
+        return False
+    changed = fold(found.value, seen, now=draft.now, authoritative=authoritative)
+    if changed is not None:
+        draft.put(keys.instance(seen.instance_id), changed)
+    return True
+
+
+def mark_lost(draft: Draft, *, node_id: str, instance_id: str) -> bool:
+    """The node's agent does not have the instance; returns whether that is a loss."""
+    found = draft.get(keys.instance(instance_id))
+    if found is None or found.value.node_id != node_id:
+        return False
+    changed = lost(found.value, now=draft.now)
+    if changed is not None:
+        draft.put(keys.instance(instance_id), changed)
+    return changed is not None
+
+
+def mark_offline(draft: Draft, node_id: str, *, fence: Compare) -> bool:
+    """The node's lease is gone: it is OFFLINE. Nothing when it is back."""
+    draft.guard(fence)
+    found = draft.get(keys.node(node_id))
+    gone = draft.get(keys.node_lease(node_id)) is None
+    if found is None or not gone or found.value.status is NodeStatus.OFFLINE:
+        return False
+    draft.put(
+        keys.node(node_id),
+        structs.replace(
+            found.value,
+            status=NodeStatus.OFFLINE,
+            status_message="nothing was heard from its agent for heartbeat.timeout",
+            updated_at=draft.now,
+        ),
+    )
+    return True
+
+
+def mark_unknown(draft: Draft, instance_id: str, *, fence: Compare) -> bool:
+    """The instance's node is OFFLINE: what the instance is cannot be known. Nothing when the node is back."""
+    draft.guard(fence)
+    found = draft.get(keys.instance(instance_id))
+    if found is None or found.value.operation_id:
+        return False
+    instance = found.value
+    node = draft.get(keys.node(instance.node_id))
+    if node is None or node.value.status is not NodeStatus.OFFLINE:
+        return False
+    wanted = instance.desired is not DesiredState.DELETED and instance.status is not InstanceStatus.UNKNOWN
+    if not wanted or not can_move(instance.status, InstanceStatus.UNKNOWN):
+        return False
+    draft.put(
+        keys.instance(instance_id),
+        structs.replace(
+            instance,
+            status=InstanceStatus.UNKNOWN,
+            status_reason="NODE_LOST",
+            status_message=f"its node {node.value.hostname} is offline",
+            updated_at=draft.now,
+        ),
+    )
+    return True
+
+
+def node_not_found(node: str) -> NotFound:
+    """The error for a node that does not exist."""
+    return NotFound(
+        f"there is no node {node!r}: see `node list`", reason="NODE_NOT_FOUND", metadata={"node": node}
+    )
+
+
+def incarnation_mismatch(node: Node) -> FailedPrecondition:
+    """The error for an agent that was replaced by another one."""
+    return FailedPrecondition(
+        f"another agent has registered as node {node.hostname} since: register again",
+        reason="INCARNATION_MISMATCH",
+        metadata={"node_id": node.id},
+    )

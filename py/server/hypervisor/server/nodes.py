@@ -1,0 +1,269 @@
+"""Nodes: what the calls of ClusterService do. Implements ``Nodes``; see there and cluster.proto for the rules.
+
+A heartbeat renews the node's lease and writes nothing; measured use stays in the memory of the server it came to.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+
+import structlog
+from msgspec import structs
+
+from hypervisor.core.clock import Clock
+from hypervisor.core.errors import FailedPrecondition, HypervisorError, NotFound
+from hypervisor.core.model import DriverInfo, InstanceStats, Node, NodeResources, Observation, OperationRecord
+from hypervisor.core.resources import Resources
+from hypervisor.server import keys
+from hypervisor.server.committer import GroupCommitter
+from hypervisor.server.drafts import Decision, Draft
+from hypervisor.server.node_changes import (
+    fold_observation,
+    incarnation_mismatch,
+    mark_lost,
+    node_not_found,
+    record_cordon,
+    record_deregistration,
+    record_registration,
+)
+from hypervisor.server.operations import OperationService
+from hypervisor.server.services import HeartbeatTimes, Kind, Mutation, NodeRegistration, Versioned
+from hypervisor.server.store.storage import OutcomeUnknown, Storage
+from hypervisor.server.verbs import check_version
+from hypervisor.server.view import StoreView
+
+__all__ = ["NodeService"]
+
+_CAPACITY_TOLERANCE = 0.01
+
+log = structlog.get_logger(__name__)
+
+
+class NodeService:
+    """See ``Nodes`` for the contract."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        view: StoreView,
+        committer: GroupCommitter,
+        operations: OperationService,
+        clock: Clock,
+        *,
+        times: HeartbeatTimes,
+    ) -> None:
+        self._storage = storage
+        self._view = view
+        self._committer = committer
+        self._operations = operations
+        self._clock = clock
+        self._times = times
+        self._usage: dict[str, tuple[NodeResources, float]] = {}
+        self._stats: dict[str, Mapping[str, InstanceStats]] = {}
+
+    async def register(self, registration: NodeRegistration) -> tuple[Versioned[Node], HeartbeatTimes]:
+        lease = await self._storage.grant_lease(self._times.timeout_s)
+        try:
+            decided = await self._committer.commit(
+                lambda draft: record_registration(draft, registration, lease_id=lease.id)
+            )
+        except OutcomeUnknown:
+            raise
+        except HypervisorError:
+            # Refused: the lease is of no use. (A caller that is cancelled does not learn whether it is in use.)
+            with suppress(HypervisorError):
+                await self._storage.revoke_lease(lease.id)
+            raise
+        node, restarted = decided.value
+        log.info("node_registered", node_id=node.id, hostname=node.hostname, restarted=restarted)
+        await self._observe_all(node.id, registration.observations, authoritative=restarted)
+        await self._settle_missing(node.id, registration.observations)
+        return self._committer.find(keys.node(node.id)) or Versioned(node, decided.revision), self._times
+
+    async def heartbeat(
+        self,
+        node_id: str,
+        incarnation: str,
+        resources: NodeResources,
+        stats: Mapping[str, InstanceStats],
+    ) -> HeartbeatTimes:
+        node = self._present(node_id, incarnation)
+        try:
+            await self._storage.keep_alive(node.lease_id)
+        except NotFound as exc:
+            raise FailedPrecondition(
+                f"the lease of node {node.hostname} has ended: register again",
+                reason="LEASE_ENDED",
+                metadata={"node_id": node_id},
+            ) from exc
+        self._usage[node_id] = (resources, self._clock.monotonic())
+        self._stats[node_id] = dict(stats)
+        if _differs(node.capacity, resources.capacity):
+            await self._committer.commit(lambda draft: _record_capacity(draft, node_id, resources.capacity))
+        return self._times
+
+    async def update_status(
+        self,
+        node_id: str,
+        incarnation: str,
+        *,
+        drivers: tuple[DriverInfo, ...] | None,
+        observations: tuple[Observation, ...],
+    ) -> tuple[str, ...]:
+        node = self._present(node_id, incarnation)
+        if drivers is not None and drivers != node.drivers:
+            await self._committer.commit(lambda draft: _record_drivers(draft, node_id, incarnation, drivers))
+        return await self._observe_all(node_id, observations, authoritative=False)
+
+    async def deregister(
+        self, node: str, mutation: Mutation, *, resource_version: int
+    ) -> Versioned[OperationRecord]:
+        def change(draft: Draft, found: Versioned[Node]) -> None:
+            placed = [i.value for i in self._view.instances_on(found.value.id)]
+            record_deregistration(draft, found.value, placed=len(placed))
+
+        operation = await self._at_once("deregister", node, mutation, resource_version, change)
+        self._usage.pop(operation.value.object_id, None)
+        self._stats.pop(operation.value.object_id, None)
+        return operation
+
+    async def cordon(
+        self, node: str, mutation: Mutation, *, reason: str, resource_version: int
+    ) -> Versioned[OperationRecord]:
+        return await self._at_once(
+            "cordon",
+            node,
+            mutation,
+            resource_version,
+            lambda draft, found: record_cordon(draft, found.value, schedulable=False, reason=reason),
+        )
+
+    async def uncordon(
+        self, node: str, mutation: Mutation, *, resource_version: int
+    ) -> Versioned[OperationRecord]:
+        return await self._at_once(
+            "uncordon",
+            node,
+            mutation,
+            resource_version,
+            lambda draft, found: record_cordon(draft, found.value, schedulable=True, reason=""),
+        )
+
+    def resolve(self, node: str, *, resource_version: int = 0) -> Versioned[Node]:
+        found = self._view.node(node) or self._view.node_named(node)
+        if found is None:
+            raise node_not_found(node)
+        check_version(found, resource_version, what=f"node {found.value.hostname}")
+        return found
+
+    def usage(self, node_id: str) -> tuple[NodeResources, float] | None:
+        found = self._usage.get(node_id)
+        return None if found is None else (found[0], self._clock.monotonic() - found[1])
+
+    def last_stats(self, instance_id: str) -> InstanceStats | None:
+        """The newest sample of an instance that came with a heartbeat to this server."""
+        found = self._view.instance(instance_id)
+        return None if found is None else self._stats.get(found.value.node_id, {}).get(instance_id)
+
+    async def _at_once(
+        self,
+        verb: str,
+        node: str,
+        mutation: Mutation,
+        resource_version: int,
+        change: Callable[[Draft, Versioned[Node]], None],
+    ) -> Versioned[OperationRecord]:
+        """An operation that is one commit: it is recorded as done together with its effect."""
+        opened = self._operations.open(verb, mutation, object_kind=Kind.NODE)
+
+        def decide(draft: Draft) -> OperationRecord:
+            known = self._operations.repeated(draft, opened)
+            if known is not None:
+                return known
+            found = draft.get(keys.node(node))
+            if found is None:
+                claim = draft.get(keys.hostname(node))
+                found = None if claim is None else draft.get(keys.node(claim.value.node_id))
+            if found is None:
+                raise node_not_found(node)
+            check_version(found, resource_version, what=f"node {found.value.hostname}")
+            change(draft, found)
+            return self._operations.record_done(
+                draft, structs.replace(opened, object_id=found.value.id, object_name=found.value.hostname)
+            )
+
+        decided = await self._committer.commit(decide)
+        log.info("node_changed", verb=verb, node_id=decided.value.object_id, principal=opened.principal)
+        return await self._operations.conclude(decided, wait=mutation.wait)
+
+    def _present(self, node_id: str, incarnation: str) -> Node:
+        """The node, if this incarnation of its agent is the one registered and its lease lives."""
+        found = self._committer.find(keys.node(node_id))
+        if found is None:
+            raise node_not_found(node_id)
+        if found.value.incarnation != incarnation:
+            raise incarnation_mismatch(found.value)
+        if self._committer.find(keys.node_lease(node_id)) is None:
+            raise FailedPrecondition(
+                f"the lease of node {found.value.hostname} has ended: register again",
+                reason="LEASE_ENDED",
+                metadata={"node_id": node_id},
+            )
+        return found.value
+
+    async def _observe_all(
+        self, node_id: str, observations: tuple[Observation, ...], *, authoritative: bool
+    ) -> tuple[str, ...]:
+        """Fold all observations in, in one batch if they fit; returns the ids that should not be there."""
+        expected = await self._commit_all(
+            [
+                partial(fold_observation, node_id=node_id, seen=o, authoritative=authoritative)
+                for o in observations
+            ]
+        )
+        unexpected = tuple(
+            seen.instance_id for seen, known in zip(observations, expected, strict=True) if not known
+        )
+        if unexpected:
+            log.warning("unexpected_instances", node_id=node_id, instance_ids=unexpected[:20])
+        return unexpected
+
+    async def _settle_missing(self, node_id: str, observations: tuple[Observation, ...]) -> None:
+        """Instances recorded on the node that its freshly registered agent does not have are lost."""
+        present = {seen.instance_id for seen in observations}
+        missing = [i.value.id for i in self._view.instances_on(node_id) if i.value.id not in present]
+        lost = await self._commit_all([partial(mark_lost, node_id=node_id, instance_id=i) for i in missing])
+        if any(lost):
+            gone = [instance_id for instance_id, is_lost in zip(missing, lost, strict=True) if is_lost]
+            log.error("instances_lost", node_id=node_id, instance_ids=gone[:20], count=len(gone))
+
+    async def _commit_all(self, decisions: Sequence[Decision[bool]]) -> list[bool]:
+        """Commit many decisions in as few transactions as they fit in."""
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._committer.commit(decision)) for decision in decisions]
+        return [task.result().value for task in tasks]
+
+
+def _differs(old: Resources, new: Resources) -> bool:
+    """Whether a capacity changed by more than file systems and kernels wobble by themselves."""
+    return any(
+        abs(before - after) > _CAPACITY_TOLERANCE * max(before, 1)
+        for before, after in (
+            (old.cpu_millis, new.cpu_millis),
+            (old.memory_bytes, new.memory_bytes),
+            (old.disk_bytes, new.disk_bytes),
+        )
+    )
+
+
+def _record_capacity(draft: Draft, node_id: str, capacity: Resources) -> None:
+    found = draft.get(keys.node(node_id))
+    if found is not None and found.value.capacity != capacity:
+        draft.put(keys.node(node_id), structs.replace(found.value, capacity=capacity, updated_at=draft.now))
+
+
+def _record_drivers(draft: Draft, node_id: str, incarnation: str, drivers: tuple[DriverInfo, ...]) -> None:
+    found = draft.get(keys.node(node_id))
+    if found is not None and found.value.incarnation == incarnation and found.value.drivers != drivers:
+        draft.put(keys.node(node_id), structs.replace(found.value, drivers=drivers, updated_at=draft.now))

@@ -1,0 +1,204 @@
+"""How an operation ends in the records: pure decisions, each one commit of the instance and the operation together.
+
+All of them look first whether this server still drives the operation: one that was taken over by another server, or
+has ended, is left alone (``Conflict``, reason ``OPERATION_TAKEN_OVER``).
+"""
+
+from datetime import timedelta
+
+from msgspec import structs
+
+from hypervisor.core.errors import Cancelled, Conflict, DeadlineExceeded, HypervisorError, Unavailable
+from hypervisor.core.model import Instance, Observation, OperationRecord
+from hypervisor.core.states import DesiredState, InstanceStatus, OperationState, can_move
+from hypervisor.server import keys
+from hypervisor.server.drafts import Draft
+from hypervisor.server.failures import record_of
+from hypervisor.server.observations import settle
+from hypervisor.server.placement import release
+
+__all__ = ["TAKEN_OVER", "cleanup_later", "fail", "progress", "remove", "succeed", "take_over", "unclear"]
+
+TAKEN_OVER = "OPERATION_TAKEN_OVER"
+
+_NOTHING_BEGUN = frozenset({"DRIVER_UNAVAILABLE", "JOURNAL_FULL", "CAPABILITY_MISSING"})
+_FAILED_REASONS = {"start": "START_FAILED", "restart": "RESTART_FAILED", "delete": "DELETE_FAILED"}
+
+
+def unclear(error: HypervisorError) -> bool:
+    """Whether after this error the agent may have done the work, or still be at it."""
+    return isinstance(error, DeadlineExceeded | Cancelled) or (
+        isinstance(error, Unavailable) and error.reason not in _NOTHING_BEGUN
+    )
+
+
+def succeed(
+    draft: Draft,
+    operation_id: str,
+    reply: Observation,
+    *,
+    server_id: str,
+    error: HypervisorError | None = None,
+) -> OperationRecord:
+    """The agent answered: take its observation in and end the operation (with ``error``: as cancelled)."""
+    operation = _driven(draft, operation_id, server_id=server_id)
+    instance = _held(draft, operation)
+    if instance is not None:
+        draft.put(keys.instance(instance.id), settle(instance, reply, now=draft.now))
+    return _end(draft, operation, error)
+
+
+def remove(
+    draft: Draft, operation_id: str, *, server_id: str, error: HypervisorError | None = None
+) -> OperationRecord:
+    """Nothing of the instance is left on its node: remove its records, free its capacity, end the operation."""
+    operation = _driven(draft, operation_id, server_id=server_id)
+    instance = _held(draft, operation)
+    if instance is not None:
+        release(draft, instance)
+    return _end(draft, operation, error)
+
+
+def cleanup_later(
+    draft: Draft, operation_id: str, *, server_id: str, error: HypervisorError
+) -> OperationRecord:
+    """Something may be left on a node that does not answer: keep the reservation and leave the rest to the reconciler.
+
+    The operation ends now; the instance stays, DELETING, until its node has confirmed that nothing is left.
+    """
+    operation = _driven(draft, operation_id, server_id=server_id)
+    instance = _held(draft, operation)
+    if instance is not None:
+        draft.put(
+            keys.instance(instance.id),
+            structs.replace(
+                instance,
+                status=InstanceStatus.DELETING,
+                status_reason=f"{operation.verb.upper()}_FAILED",
+                status_message="removed as soon as its node answers: " + error.message,
+                desired=DesiredState.DELETED,
+                operation_id="",
+                transition_deadline=None,
+                updated_at=draft.now,
+            ),
+        )
+    return _end(draft, operation, error)
+
+
+def fail(draft: Draft, operation_id: str, *, server_id: str, error: HypervisorError) -> OperationRecord:
+    """A start, stop, restart or delete failed: the instance stays, as far as that is known, as it is."""
+    operation = _driven(draft, operation_id, server_id=server_id)
+    instance = _held(draft, operation)
+    if instance is not None:
+        status, reason = _after_failure(operation.verb, instance, error)
+        if not can_move(instance.status, status):
+            status, reason = InstanceStatus.UNKNOWN, error.reason
+        gone_wrong = operation.verb == "delete" and not unclear(error)
+        draft.put(
+            keys.instance(instance.id),
+            structs.replace(
+                instance,
+                status=status,
+                status_reason=reason,
+                status_message=f"{operation.verb} failed: {error.message}",
+                desired=DesiredState.STOPPED if gone_wrong else instance.desired,
+                operation_id="",
+                transition_deadline=None,
+                updated_at=draft.now,
+            ),
+        )
+    return _end(draft, operation, error)
+
+
+def progress(
+    draft: Draft, operation_id: str, *, server_id: str, message: str, percent: int
+) -> OperationRecord:
+    """Say how far a slow operation is; an instance that is being made or started shows as CREATING."""
+    operation = _driven(draft, operation_id, server_id=server_id)
+    instance = _held(draft, operation)
+    making = operation.verb in ("create", "start")
+    if instance is not None and making and can_move(instance.status, InstanceStatus.CREATING):
+        draft.put(
+            keys.instance(instance.id),
+            structs.replace(instance, status=InstanceStatus.CREATING, updated_at=draft.now),
+        )
+    changed = structs.replace(operation, progress_percent=percent, progress_message=message)
+    draft.put(keys.operation(operation_id), changed)
+    return changed
+
+
+def take_over(draft: Draft, operation_id: str, *, server_id: str, time_s: float) -> OperationRecord | None:
+    """Make this server the one that drives an operation: its server is dead, or it is long past its deadline.
+
+    None where neither is so (any more).
+    """
+    found = draft.get(keys.operation(operation_id))
+    if found is None or found.value.done:
+        return None
+    operation = found.value
+    instance = _held(draft, operation)
+    if operation.server_id != server_id:
+        alive = draft.get(keys.server_lease(operation.server_id)) is not None
+        overdue = (
+            instance is not None
+            and instance.transition_deadline is not None
+            and instance.transition_deadline < draft.now
+        )
+        if alive and not overdue:
+            return None
+    if instance is not None:
+        deadline = draft.now + timedelta(seconds=time_s)
+        draft.put(keys.instance(instance.id), structs.replace(instance, transition_deadline=deadline))
+    taken = structs.replace(operation, server_id=server_id)
+    draft.put(keys.operation(operation_id), taken)
+    return taken
+
+
+def _driven(draft: Draft, operation_id: str, *, server_id: str) -> OperationRecord:
+    found = draft.get(keys.operation(operation_id))
+    if found is None or found.value.done or found.value.server_id != server_id:
+        raise Conflict(
+            f"operation {operation_id} is not this server's to end (any more)",
+            reason=TAKEN_OVER,
+            metadata={"operation_id": operation_id},
+        )
+    return found.value
+
+
+def _held(draft: Draft, operation: OperationRecord) -> Instance | None:
+    """The operation's instance, if it still holds it."""
+    found = draft.get(keys.instance(operation.object_id))
+    return found.value if found is not None and found.value.operation_id == operation.id else None
+
+
+def _end(draft: Draft, operation: OperationRecord, error: HypervisorError | None) -> OperationRecord:
+    if error is None:
+        state = OperationState.SUCCEEDED
+    else:
+        state = OperationState.CANCELLED if isinstance(error, Cancelled) else OperationState.FAILED
+    ended = structs.replace(
+        operation,
+        state=state,
+        error=None if error is None else record_of(error),
+        progress_percent=100 if error is None else operation.progress_percent,
+        progress_message="",
+        finished_at=draft.now,
+    )
+    draft.put(keys.operation(operation.id), ended)
+    return ended
+
+
+def _after_failure(verb: str, instance: Instance, error: HypervisorError) -> tuple[InstanceStatus, str]:
+    """Status and reason after a failed operation. UNKNOWN where only its node can tell: the reconciler asks it."""
+    status = instance.status
+    if unclear(error):
+        return InstanceStatus.UNKNOWN, error.reason
+    if status not in (InstanceStatus.STOPPING, InstanceStatus.CREATING, InstanceStatus.DELETING):
+        settled = status if error.reason in _NOTHING_BEGUN or verb == "stop" else InstanceStatus.FAILED
+        return settled, instance.status_reason if settled is status else _FAILED_REASONS[verb]
+    if error.reason in _NOTHING_BEGUN:
+        # What it was before is not on record: let the node tell.
+        return InstanceStatus.UNKNOWN, error.reason
+    if verb == "stop":
+        return InstanceStatus.RUNNING, ""
+    return InstanceStatus.FAILED, _FAILED_REASONS[verb]

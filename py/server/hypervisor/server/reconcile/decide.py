@@ -1,0 +1,134 @@
+"""What the leader has to do, given the cluster as it is. Pure: values in, actions out.
+
+Actions may be repeated or outdated; the commits that carry them out look again (and are fenced).
+"""
+
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from hypervisor.core.model import Instance, Node, OperationRecord
+from hypervisor.core.states import TRANSITIONAL, DesiredState, InstanceStatus, NodeStatus, can_move
+
+__all__ = [
+    "Action",
+    "InspectNode",
+    "MarkNodeOffline",
+    "MarkUnknown",
+    "PurgeOperation",
+    "RedriveOperation",
+    "RemoveLeftover",
+    "Situation",
+    "decide",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class MarkNodeOffline:
+    """Its lease is gone."""
+
+    node_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class MarkUnknown:
+    """Its node is offline."""
+
+    instance_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class RedriveOperation:
+    """Its server is dead, or it is long past its deadline."""
+
+    operation_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveLeftover:
+    """It shall be gone, no operation removes it, and its node is there."""
+
+    instance_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class InspectNode:
+    """Something on it is not known, and it can be asked."""
+
+    node_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class PurgeOperation:
+    """It ended longer ago than operations are kept."""
+
+    operation_id: str
+
+
+Action = MarkNodeOffline | MarkUnknown | RedriveOperation | RemoveLeftover | InspectNode | PurgeOperation
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """The cluster at one moment. ``nodes_alive`` and ``servers_alive`` are those whose leases exist."""
+
+    now: datetime
+    nodes: Iterable[Node]
+    nodes_alive: Collection[str]
+    instances: Iterable[Instance]
+    operations: Iterable[OperationRecord]
+    servers_alive: Collection[str]
+    retention: timedelta
+    patience: timedelta
+    """How long after an operation's deadline its server is left to end it by itself."""
+
+
+def decide(situation: Situation) -> tuple[Action, ...]:
+    """Everything that is to be done now, nodes first."""
+    nodes = {node.id: node for node in situation.nodes}
+    instances = {instance.id: instance for instance in situation.instances}
+    return (
+        *_nodes(nodes.values(), situation.nodes_alive),
+        *_instances(instances.values(), nodes),
+        *_operations(situation, instances),
+    )
+
+
+def _nodes(nodes: Iterable[Node], alive: Collection[str]) -> Iterator[Action]:
+    for node in nodes:
+        if node.status is not NodeStatus.OFFLINE and node.id not in alive:
+            yield MarkNodeOffline(node.id)
+
+
+def _instances(instances: Iterable[Instance], nodes: dict[str, Node]) -> Iterator[Action]:
+    to_inspect: dict[str, None] = {}
+    for instance in instances:
+        node = nodes.get(instance.node_id)
+        if instance.operation_id or node is None:
+            continue
+        offline = node.status is NodeStatus.OFFLINE
+        if instance.desired is DesiredState.DELETED:
+            if not offline:
+                yield RemoveLeftover(instance.id)
+        elif offline:
+            known = instance.status is not InstanceStatus.UNKNOWN
+            if known and can_move(instance.status, InstanceStatus.UNKNOWN):
+                yield MarkUnknown(instance.id)
+        elif instance.status is InstanceStatus.UNKNOWN or instance.status in TRANSITIONAL:
+            to_inspect[node.id] = None
+    for node_id in to_inspect:
+        yield InspectNode(node_id)
+
+
+def _operations(situation: Situation, instances: dict[str, Instance]) -> Iterator[Action]:
+    oldest_kept = situation.now - situation.retention
+    for operation in situation.operations:
+        if operation.done:
+            if operation.finished_at is not None and operation.finished_at < oldest_kept:
+                yield PurgeOperation(operation.id)
+            continue
+        instance = instances.get(operation.object_id)
+        deadline = instance.transition_deadline if instance is not None else None
+        overdue = deadline is not None and deadline + situation.patience < situation.now
+        if overdue or operation.server_id not in situation.servers_alive:
+            yield RedriveOperation(operation.id)

@@ -1,0 +1,212 @@
+"""Carries out what ``decide`` says, on the elected leader only, every commit fenced."""
+
+import asyncio
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+
+import structlog
+
+from hypervisor.core.clock import Clock
+from hypervisor.core.errors import HypervisorError
+from hypervisor.core.model import Observation
+from hypervisor.core.states import NodeStatus
+from hypervisor.server import keys
+from hypervisor.server.agents import Agents, CallContext
+from hypervisor.server.committer import GroupCommitter
+from hypervisor.server.drafts import Decision, Draft
+from hypervisor.server.executor import OperationExecutor
+from hypervisor.server.node_changes import fold_observation, mark_lost, mark_offline, mark_unknown
+from hypervisor.server.reconcile.decide import (
+    Action,
+    InspectNode,
+    MarkNodeOffline,
+    MarkUnknown,
+    PurgeOperation,
+    RedriveOperation,
+    RemoveLeftover,
+    Situation,
+    decide,
+)
+from hypervisor.server.services import ClusterChange, Kind
+from hypervisor.server.store.storage import Compare, Election, Storage
+from hypervisor.server.view import StoreView
+
+__all__ = ["Reconciler", "ReconcilerSettings"]
+
+_INSPECT_TIMEOUT_S = 10.0
+_PARALLEL = 64
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ReconcilerSettings:
+    """Times in seconds. ``retention_s``: how long ended operations are kept."""
+
+    interval_s: float = 1.0
+    retention_s: float = 86_400.0
+    patience_s: float = 60.0
+    leader_ttl_s: float = 10.0
+    retry_s: float = 1.0
+
+
+class Reconciler:
+    """Stands for election, and does the leader's work while it leads."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        view: StoreView,
+        committer: GroupCommitter,
+        executor: OperationExecutor,
+        agents: Agents,
+        clock: Clock,
+        *,
+        server_id: str,
+        settings: ReconcilerSettings | None = None,
+    ) -> None:
+        self._storage = storage
+        self._view = view
+        self._committer = committer
+        self._executor = executor
+        self._agents = agents
+        self._clock = clock
+        self._server_id = server_id
+        self._settings = settings or ReconcilerSettings()
+        self._changed = asyncio.Event()
+        self._leading = False
+        view.add_listener(self._notice)
+
+    @property
+    def leading(self) -> bool:
+        """Whether this server believes that it leads."""
+        return self._leading
+
+    async def run(self) -> None:
+        """Stand for election until cancelled."""
+        await self._view.loaded()
+        while True:
+            try:
+                async with self._storage.election(
+                    keys.LEADER_ELECTION, self._server_id, ttl_s=self._settings.leader_ttl_s
+                ) as election:
+                    while True:
+                        leadership = await election.acquire()
+                        log.info("leadership_acquired", server_id=self._server_id)
+                        await self._lead_until_lost(election, leadership.fence)
+                        log.warning("leadership_lost", server_id=self._server_id)
+            except HypervisorError as exc:
+                log.warning("election_failed", reason=exc.reason, error=str(exc))
+                await self._clock.sleep(self._settings.retry_s)
+
+    async def _lead_until_lost(self, election: Election, fence: Compare) -> None:
+        losing = asyncio.create_task(election.lost(), name="leadership")
+        leading = asyncio.create_task(self._lead(fence), name="reconcile")
+        self._leading = True
+        try:
+            await asyncio.wait({losing, leading}, return_when=asyncio.FIRST_COMPLETED)
+            if leading.done():
+                leading.result()
+        finally:
+            self._leading = False
+            for task in (losing, leading):
+                task.cancel()
+            await asyncio.wait({losing, leading})
+
+    async def _lead(self, fence: Compare) -> None:
+        await self._view.wait_revision(fence.mod_revision)
+        while True:
+            self._changed.clear()
+            if not self._view.stale:
+                await self.step(fence)
+            try:
+                async with asyncio.timeout(self._settings.interval_s):
+                    await self._changed.wait()
+            except TimeoutError:
+                continue
+            # Changes come in swarms: look once for many.
+            await self._clock.sleep(self._settings.interval_s / 10)
+
+    async def step(self, fence: Compare) -> tuple[Action, ...]:
+        """Look once, act once; returns what was decided."""
+        actions = decide(self._situation())
+        for start in range(0, len(actions), _PARALLEL):
+            async with asyncio.TaskGroup() as group:
+                for action in actions[start : start + _PARALLEL]:
+                    group.create_task(self._act(action, fence))
+        return actions
+
+    def _situation(self) -> Situation:
+        view = self._view
+        nodes = [n.value for n in view.nodes()]
+        return Situation(
+            now=self._clock.now(),
+            nodes=nodes,
+            nodes_alive={n.id for n in nodes if view.node_alive(n.id)},
+            instances=[i.value for i in view.instances()],
+            operations=[o.value for o in view.operations()],
+            servers_alive={s.id for s in view.servers()},
+            retention=timedelta(seconds=self._settings.retention_s),
+            patience=timedelta(seconds=self._settings.patience_s),
+        )
+
+    async def _act(self, action: Action, fence: Compare) -> None:
+        try:
+            match action:
+                case MarkNodeOffline(node_id):
+                    if await self._commit(lambda d: mark_offline(d, node_id, fence=fence)):
+                        log.warning("node_offline", node_id=node_id)
+                case MarkUnknown(instance_id):
+                    await self._commit(lambda d: mark_unknown(d, instance_id, fence=fence))
+                case RedriveOperation(operation_id):
+                    await self._executor.take_over(operation_id)
+                case RemoveLeftover(instance_id):
+                    self._executor.remove_leftover(instance_id)
+                case InspectNode(node_id):
+                    await self._inspect(node_id, fence)
+                case PurgeOperation(operation_id):
+                    await self._commit(lambda d: _purge(d, operation_id, fence=fence))
+        except HypervisorError as exc:
+            # The next look decides anew.
+            log.warning("reconcile_action_failed", action=repr(action), reason=exc.reason, error=str(exc))
+
+    async def _commit(self, decision: Decision[bool]) -> bool:
+        return (await self._committer.commit(decision)).value
+
+    async def _inspect(self, node_id: str, fence: Compare) -> None:
+        """Ask a node what it has, and settle what the records do not know."""
+        node = self._committer.find(keys.node(node_id))
+        if node is None or node.value.status is NodeStatus.OFFLINE:
+            return
+        context = CallContext(f"inspect-{node_id}", _INSPECT_TIMEOUT_S)
+        unsure = [i.value.id for i in self._view.instances_on(node_id) if not i.value.operation_id]
+        seen = {o.instance_id: o for o in await self._agents.agent(node.value).list(context)}
+        for instance_id in unsure:
+            observation = seen.get(instance_id)
+            await self._commit(
+                partial(_settle, node_id=node_id, instance_id=instance_id, seen=observation, fence=fence)
+            )
+
+    def _notice(self, changes: tuple[ClusterChange, ...]) -> None:
+        # Instances and operations change all the time, and need the leader only when a node or server is lost.
+        if any(change.kind is Kind.NODE for change in changes):
+            self._changed.set()
+
+
+def _settle(
+    draft: Draft, *, node_id: str, instance_id: str, seen: Observation | None, fence: Compare
+) -> bool:
+    draft.guard(fence)
+    if seen is None:
+        return mark_lost(draft, node_id=node_id, instance_id=instance_id)
+    return fold_observation(draft, node_id=node_id, seen=seen, authoritative=False)
+
+
+def _purge(draft: Draft, operation_id: str, *, fence: Compare) -> bool:
+    draft.guard(fence)
+    found = draft.get(keys.operation(operation_id))
+    if found is None or not found.value.done:
+        return False
+    draft.delete(keys.operation(operation_id))
+    return True
