@@ -124,7 +124,13 @@ _FILES = (
     ("etc/group", b"root:x:0:\ntty:x:5:\nnogroup:x:65534:\n"),
     ("etc/hosts", b"127.0.0.1 localhost\n::1 localhost\n"),
 )
-_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "riscv64": "riscv64", "s390x": "s390x", "ppc64le": "ppc64le"}
+_ARCHITECTURES = {
+    "x86_64": "amd64",
+    "aarch64": "arm64",
+    "riscv64": "riscv64",
+    "s390x": "s390x",
+    "ppc64le": "ppc64le",
+}
 _DEFAULT_ENV = ("PATH=/bin", "HOME=/root")
 
 
@@ -215,7 +221,8 @@ def _layer(binary: Path, applets: Sequence[str]) -> bytes:
         for name, data in _FILES:
             tar.addfile(_entry(name, kind=tarfile.REGTYPE, mode=0o644, size=len(data)), io.BytesIO(data))
         tar.addfile(
-            _entry(f"bin/{binary.name}", kind=tarfile.REGTYPE, mode=0o755, size=len(program)), io.BytesIO(program)
+            _entry(f"bin/{binary.name}", kind=tarfile.REGTYPE, mode=0o755, size=len(program)),
+            io.BytesIO(program),
         )
         for applet in sorted(set(applets) - {binary.name}):
             tar.addfile(_entry(f"bin/{applet}", kind=tarfile.SYMTYPE, mode=0o777, target=binary.name))
@@ -228,7 +235,9 @@ def _write_archive(out: Path, files: Mapping[str, bytes]) -> None:
         with os.fdopen(descriptor, "wb") as file:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
                 for name, data in files.items():
-                    tar.addfile(_entry(name, kind=tarfile.REGTYPE, mode=0o644, size=len(data)), io.BytesIO(data))
+                    tar.addfile(
+                        _entry(name, kind=tarfile.REGTYPE, mode=0o644, size=len(data)), io.BytesIO(data)
+                    )
             file.flush()
             os.fchmod(file.fileno(), 0o644)
             os.fsync(file.fileno())

@@ -1,0 +1,223 @@
+"""``instance create``: from options or from a file."""
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+
+from hypervisor.core.errors import FieldViolation, InvalidArgument
+from hypervisor.ctl import quantities
+from hypervisor.ctl.bulk import Task, run_tasks, told
+from hypervisor.ctl.display.table import harmless
+from hypervisor.ctl.invocation import Invocation, pass_invocation
+from hypervisor.ctl.options import NAME, connected, formatted, project_option, waiting
+from hypervisor.v1.compute_pb2 import CreateInstanceRequest
+from hypervisor.v1.instance_pb2 import DesiredState, Instance, InstanceType, LabelConstraint, PlacementPolicy
+
+if TYPE_CHECKING:
+    from hypervisor.v1.operation_pb2 import Operation
+
+__all__ = ["create"]
+
+T = TypeVar("T")
+
+
+@click.command("create")
+@click.argument("name", required=False)
+@click.argument("command", metavar="[-- COMMAND ARGUMENT...]", nargs=-1, type=click.UNPROCESSED)
+@click.option(
+    "-f",
+    "--file",
+    metavar="FILE",
+    help="Describe the instances in YAML, one a document; - is standard input. In place of NAME and what follows.",
+)
+@click.option("--type", "kind", type=click.Choice(["vm", "container", "microvm"]), help="Default: container.")
+@click.option(
+    "--image",
+    metavar="IMAGE",
+    help="What it boots or runs: a reference the node has, or oci-archive:/path/on/the/node.tar[#name:tag].",
+)
+@click.option("--cpu", metavar="CORES", help="Processors, such as 2, 0.5 or 500m. Default: 1.")
+@click.option("--memory", metavar="SIZE", help="Memory limit, such as 256MiB (the default) or 2GiB.")
+@click.option("--disk", metavar="SIZE", help="Disk, in whole GiB, such as 10GiB. Default: 0.")
+@click.option("-e", "--env", metavar="KEY=VALUE", multiple=True, help="Environment variable; repeatable.")
+@click.option("-l", "--label", "labels", metavar="KEY=VALUE", multiple=True, help="Label; repeatable.")
+@click.option("--workdir", metavar="PATH", default="", help="Working directory of the container.")
+@click.option("--pids", metavar="N", type=int, default=0, help="Most processes and threads. Default: 4096.")
+@click.option("--kernel", metavar="PATH", default="", help="vm, microvm: kernel on the node.")
+@click.option("--initrd", metavar="PATH", default="", help="vm, microvm: initial RAM disk on the node.")
+@click.option("--kernel-args", metavar="TEXT", default="", help="vm, microvm: kernel command line.")
+@click.option(
+    "--node", metavar="NODE", type=NAME("node"), default="", help="Only on this node; it still has to fit."
+)
+@click.option(
+    "--selector",
+    metavar="CONDITIONS",
+    multiple=True,
+    help="Only on nodes whose labels match: KEY=VALUE, KEY!=VALUE, 'KEY in (A, B)', 'KEY notin (A, B)', KEY.",
+)
+@click.option("--placement", type=click.Choice(["spread", "binpack"]), help="How nodes that fit are ranked.")
+@click.option("--stopped", is_flag=True, help="Make it and leave it stopped.")
+@click.option("--dry-run", is_flag=True, help="Check everything and choose a node, but make nothing.")
+@waiting
+@project_option
+@formatted
+@connected
+@pass_invocation
+def create(
+    invocation: Invocation,
+    *,
+    name: str | None,
+    command: Sequence[str],
+    file: str | None,
+    kind: str | None,
+    image: str | None,
+    cpu: str | None,
+    memory: str | None,
+    disk: str | None,
+    env: Sequence[str],
+    labels: Sequence[str],
+    workdir: str,
+    pids: int,
+    kernel: str,
+    initrd: str,
+    kernel_args: str,
+    node: str,
+    selector: Sequence[str],
+    placement: str | None,
+    stopped: bool,
+    dry_run: bool,
+    wait: bool,
+    project: str,
+) -> None:
+    """Create an instance from options, or several from a file.
+
+    What follows '--' is the program that a container runs and its arguments.
+
+    \b
+    hypervisor-ctl instance create web --image docker.io/library/busybox:1.36 --cpu 0.5 -- httpd -f
+    hypervisor-ctl instance create -f instances.yaml
+    """
+    described = (
+        *("--type", kind), *("--image", image), *("--cpu", cpu), *("--memory", memory), *("--disk", disk),
+        *("--env", env), *("--label", labels), *("--workdir", workdir), *("--pids", pids), *("--kernel", kernel),
+        *("--initrd", initrd), *("--kernel-args", kernel_args), *("--node", node), *("--selector", selector),
+        *("--placement", placement), *("--stopped", stopped), *("NAME", name), *("COMMAND", command),
+    )  # fmt: skip
+    if file is not None:
+        given = [str(option) for option, value in zip(described[::2], described[1::2], strict=True) if value]
+        if given:
+            raise click.UsageError(f"--file describes everything: leave out {', '.join(given)}")
+        instances = _from_file(file, project)
+    else:
+        if not name:
+            raise click.UsageError("give the NAME of the instance, or --file FILE")
+        collected = _Problems()
+        instance = Instance(
+            name=name,
+            project=project,
+            type=InstanceType.Value(f"INSTANCE_TYPE_{(kind or 'container').upper()}"),
+            labels=collected.pairs("labels", labels),
+        )
+        spec = instance.spec
+        spec.image = image or ""
+        spec.cpu_cores = (
+            collected.take(lambda: quantities.cpu_cores("spec.cpu_cores", cpu), 0.0) if cpu else 0.0
+        )
+        spec.memory_mb = (
+            collected.take(lambda: quantities.whole_mib("spec.memory_mb", memory), 0) if memory else 0
+        )
+        spec.disk_gb = collected.take(lambda: quantities.whole_gib("spec.disk_gb", disk), 0) if disk else 0
+        spec.env.update(collected.pairs("spec.env", env))
+        spec.command.extend(command)
+        spec.working_dir, spec.node = workdir, node
+        spec.kernel_path, spec.initrd_path, spec.kernel_args = kernel, initrd, kernel_args
+        spec.pids_limit = pids
+        for text in selector:
+            spec.node_selector.extend(collected.take(partial(_constraints, text), ()))
+        if placement:
+            spec.placement_policy = PlacementPolicy.Value(f"PLACEMENT_POLICY_{placement.upper()}")
+        if stopped:
+            instance.desired_state = DesiredState.DESIRED_STATE_STOPPED
+        collected.raise_any()
+        instances = [instance]
+    session = invocation.session()
+    tasks = [
+        Task(
+            instance.name,
+            session.compute.CreateInstance,
+            CreateInstanceRequest(instance=instance, no_wait=not wait, validate_only=dry_run),
+        )
+        for instance in instances
+    ]
+    run_tasks(invocation, tasks, done="created", tell=_told_plan if dry_run else _told_created)
+
+
+class _Problems:
+    """Collects wrong options, so that all of them are told at once."""
+
+    def __init__(self) -> None:
+        self._found: list[FieldViolation] = []
+
+    def take(self, parse: Callable[[], T], default: T) -> T:
+        try:
+            return parse()
+        except InvalidArgument as exc:
+            self._found.extend(exc.violations)
+            return default
+
+    def pairs(self, field: str, texts: Sequence[str]) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for text in texts:
+            key, equals, value = text.partition("=")
+            if not key or not equals:
+                self._found.append(FieldViolation(field, f"{text!r}: write KEY=VALUE"))
+            elif key in found:
+                self._found.append(FieldViolation(f"{field}.{key}", "is given twice: leave one out"))
+            found[key] = value
+        return found
+
+    def raise_any(self) -> None:
+        if self._found:
+            raise InvalidArgument.of_fields(tuple(self._found))
+
+
+def _constraints(text: str) -> tuple[LabelConstraint, ...]:
+    from hypervisor.ctl.selectors import add_selector, parse_selector
+
+    scratch = Instance()
+    add_selector(scratch, parse_selector("spec.node_selector", text))
+    return tuple(scratch.spec.node_selector)
+
+
+def _from_file(file: str, project: str) -> list[Instance]:
+    from hypervisor.ctl.manifest import parse_manifest
+
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise InvalidArgument.of_field(
+            "--file", f"{file} cannot be read: {exc}", reason="MANIFEST_INVALID"
+        ) from exc
+    instances = parse_manifest(text, "standard input" if file == "-" else file)
+    for instance in instances:
+        instance.project = instance.project or project
+    return instances
+
+
+def _told_created(operation: "Operation", done: str) -> str:
+    if not operation.done or not operation.HasField("instance"):
+        return told(operation, done)
+    from hypervisor.ctl.display.cells import instance_status
+
+    made = operation.instance
+    return f"{told(operation, done)} ({instance_status(made)}, {made.id})"
+
+
+def _told_plan(operation: "Operation", done: str) -> str:
+    node = operation.instance.node_id
+    name = harmless(operation.object_name or operation.instance.name)
+    return f"instance {name} would be created{f' on node {node}' if node else ''} (dry run: nothing was made)"

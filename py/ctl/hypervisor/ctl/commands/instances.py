@@ -1,0 +1,25 @@
+"""``instance``: the group."""
+
+import click
+
+from hypervisor.ctl.lazygroup import LazyGroup, Place
+
+__all__ = ["instance"]
+
+
+@click.group(
+    cls=LazyGroup,
+    places={
+        "list": Place("instance_views:list_instances", "Show instances."),
+        "get": Place("instance_views:get_instance", "Show one instance, and what its driver cannot do."),
+        "create": Place("instance_create:create", "Create an instance from options or a file."),
+        "start": Place("instance_actions:start", "Start stopped instances."),
+        "stop": Place("instance_actions:stop", "Stop instances: politely, then by force."),
+        "restart": Place("instance_actions:restart", "Stop instances and start them again."),
+        "delete": Place("instance_actions:delete", "Remove instances and everything they use."),
+        "stats": Place("instance_stats:stats", "Show what an instance uses."),
+        "console": Place("instance_console:console", "Attach to the terminal of an instance."),
+    },
+)
+def instance() -> None:
+    """Virtual machines, containers and microVMs: the same commands for all of them."""

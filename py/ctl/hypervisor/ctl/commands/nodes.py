@@ -1,0 +1,216 @@
+"""``node``: list, get, cordon, uncordon, drain, deregister."""
+
+from collections.abc import Sequence
+
+import click
+
+from hypervisor.ctl.bulk import Task, run_tasks
+from hypervisor.ctl.display.columns import node_columns
+from hypervisor.ctl.invocation import Invocation, pass_invocation
+from hypervisor.ctl.options import DURATION, NAME, connected, formatted, listed, watchable
+from hypervisor.ctl.output import ProgressLine, note, now_s, show_list, show_one
+from hypervisor.ctl.paging import Listing, joined, list_all
+from hypervisor.ctl.session import READ_TIMEOUT_S, Deadline, Session, translated
+from hypervisor.v1.cluster_pb2 import (
+    CordonNodeRequest,
+    DeregisterNodeRequest,
+    DrainNodeRequest,
+    GetNodeRequest,
+    ListNodesRequest,
+    UncordonNodeRequest,
+)
+from hypervisor.v1.node_pb2 import Node
+
+__all__ = ["node"]
+
+_node = click.argument("node", type=NAME("node"))
+_nodes = click.argument("nodes", metavar="NODE...", nargs=-1, required=True, type=NAME("node"))
+_version = click.option(
+    "--if-version",
+    "resource_version",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Only if the node still has this resource_version.",
+)
+
+
+@click.group()
+def node() -> None:
+    """The machines that run instances. NODE is an id or a host name."""
+
+
+def _list(
+    session: Session, deadline: Deadline, *, conditions: Sequence[str], sort: str, limit: int | None
+) -> Listing[Node]:
+    request = ListNodesRequest(filter=joined(conditions), order_by=sort)
+    return list_all(
+        session, session.cluster.ListNodes, request, lambda page: page.nodes, limit=limit, deadline=deadline
+    )
+
+
+@node.command("list")
+@listed
+@watchable
+@formatted
+@connected
+@pass_invocation
+def list_nodes(
+    invocation: Invocation, *, filters: Sequence[str], sort: str | None, limit: int | None, watch: bool
+) -> None:
+    """Show nodes.
+
+    Fields for --filter: id, hostname (a trailing * matches any end), status, role, region, zone, schedulable and
+    labels.KEY. For --sort: hostname, created_at, status, region, zone.
+    """
+    if watch:
+        _watch(invocation, filters, sort or "", limit)
+        return
+    deadline = invocation.deadline(READ_TIMEOUT_S)
+    found = _list(invocation.session(), deadline, conditions=filters, sort=sort or "", limit=limit)
+    show_list(
+        invocation,
+        found,
+        lambda: node_columns(now_s()),
+        name=lambda item: item.hostname,
+        empty="No nodes match." if filters else "No nodes: start an agent, or 'hypervisor-ctl dev up'.",
+    )
+
+
+def _watch(invocation: Invocation, filters: Sequence[str], sort: str, limit: int | None) -> None:
+    from hypervisor.ctl.watching import Fetch, Follow, WatchedList, run_watch
+
+    def fetched(*more: str) -> Fetch[Node]:
+        return lambda session, deadline: _list(
+            session, deadline, conditions=[*filters, *more], sort=sort, limit=limit
+        )
+
+    plain = not filters and not sort and limit is None
+    run_watch(
+        invocation,
+        WatchedList(
+            follow=Follow(kinds=("node",)),
+            fetch=fetched(),
+            taken_from=lambda event: event.node,
+            key=lambda item: item.id,
+            name=lambda item: item.hostname,
+            columns=lambda items: node_columns(now_s()),
+            narrowed=None if plain else lambda object_id: fetched(f"id={object_id}"),
+        ),
+    )
+
+
+@node.command("get")
+@_node
+@formatted
+@connected
+@pass_invocation
+def get_node(invocation: Invocation, *, node: str) -> None:
+    """Show one node, its drivers and what each of them cannot do."""
+    session = invocation.session()
+    deadline = invocation.deadline(READ_TIMEOUT_S)
+    found = session.read(session.cluster.GetNode, GetNodeRequest(node=node), deadline=deadline)
+
+    def text() -> str:
+        from hypervisor.ctl.display.details import node_details
+
+        return node_details(found, now_s=now_s())
+
+    show_one(invocation, found, text, name=lambda item: item.hostname)
+
+
+@node.command("cordon")
+@_nodes
+@click.option("--reason", metavar="TEXT", default="", help="Shown to others as the node's message.")
+@_version
+@formatted
+@connected
+@pass_invocation
+def cordon(
+    invocation: Invocation, *, nodes: Sequence[str], reason: str, resource_version: int | None
+) -> None:
+    """Put nothing new on nodes; what runs there goes on."""
+    session = invocation.session()
+    tasks = [
+        Task(
+            name,
+            session.cluster.CordonNode,
+            CordonNodeRequest(node=name, reason=reason, resource_version=resource_version or 0),
+        )
+        for name in nodes
+    ]
+    run_tasks(invocation, tasks, done="cordoned")
+
+
+@node.command("uncordon")
+@_nodes
+@_version
+@formatted
+@connected
+@pass_invocation
+def uncordon(invocation: Invocation, *, nodes: Sequence[str], resource_version: int | None) -> None:
+    """Let new instances be placed on nodes again."""
+    session = invocation.session()
+    tasks = [
+        Task(
+            name,
+            session.cluster.UncordonNode,
+            UncordonNodeRequest(node=name, resource_version=resource_version or 0),
+        )
+        for name in nodes
+    ]
+    run_tasks(invocation, tasks, done="uncordoned")
+
+
+@node.command("deregister")
+@_nodes
+@_version
+@formatted
+@connected
+@pass_invocation
+def deregister(invocation: Invocation, *, nodes: Sequence[str], resource_version: int | None) -> None:
+    """Remove nodes for good. Their agents must be stopped and nothing may be placed on them."""
+    session = invocation.session()
+    tasks = [
+        Task(
+            name,
+            session.cluster.DeregisterNode,
+            DeregisterNodeRequest(node=name, resource_version=resource_version or 0),
+        )
+        for name in nodes
+    ]
+    run_tasks(invocation, tasks, done="deregistered")
+
+
+@node.command("drain")
+@_node
+@click.option(
+    "--give-up-after",
+    "limit_s",
+    type=DURATION,
+    metavar="DURATION",
+    help="End the drain after this. Default: 10m.",
+)
+@formatted
+@connected
+@pass_invocation
+def drain(invocation: Invocation, *, node: str, limit_s: float | None) -> None:
+    """Move everything off a node."""
+    import uuid
+
+    session = invocation.session()
+    request = DrainNodeRequest(node=node, request_id=str(uuid.uuid4()))
+    if limit_s is not None:
+        request.timeout.FromNanoseconds(int(limit_s * 1e9))
+    line = ProgressLine.for_terminal()
+    with translated(session.server):
+        steps = session.cluster.DrainNode(request, timeout=invocation.timeout_s, metadata=session.metadata)
+        for step in steps:
+            text = f"{step.instances_moved} of {step.instances_total} moved: {step.message}"
+            if line is not None:
+                line.say(text)
+            else:
+                note(text)
+    if line is not None:
+        line.clear()
+    if not invocation.quiet:
+        click.echo(f"node {node} drained")

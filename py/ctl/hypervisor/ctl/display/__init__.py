@@ -1,0 +1,1 @@
+"""How answers are shown: ``table`` (layout), ``cells`` (values), ``columns`` (which), ``documents`` (JSON, YAML)."""

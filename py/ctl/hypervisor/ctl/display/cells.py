@@ -1,0 +1,116 @@
+"""Values as the text of a table cell. An empty text is shown as ``-``."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from hypervisor.ctl.quantities import age, readable_bytes
+
+if TYPE_CHECKING:
+    from google.protobuf.timestamp_pb2 import Timestamp
+
+    from hypervisor.v1.instance_pb2 import Instance
+    from hypervisor.v1.node_pb2 import DriverInfo, Node
+    from hypervisor.v1.operation_pb2 import Operation
+
+__all__ = [
+    "cores",
+    "drivers",
+    "enum_name",
+    "exit_of",
+    "instance_status",
+    "labels",
+    "memory_of",
+    "node_status",
+    "operation_outcome",
+    "since",
+    "span",
+    "used_of",
+]
+
+
+def enum_name(descriptor_name: str, prefix: str) -> str:
+    """``RUNNING`` of ``INSTANCE_STATUS_RUNNING`` in lower case; an unset value is empty."""
+    name = descriptor_name.removeprefix(prefix).lower()
+    return "" if name == "unspecified" else name
+
+
+def since(moment: "Timestamp", now_s: float) -> str:
+    """How long ago a moment was; empty when it is not set."""
+    return age(now_s - moment.seconds) if moment.seconds else ""
+
+
+def span(start: "Timestamp", end: "Timestamp", now_s: float) -> str:
+    """Time from start to end, or to now."""
+    if not start.seconds:
+        return ""
+    if not end.seconds:
+        return age(now_s - start.seconds)
+    seconds = end.seconds - start.seconds + (end.nanos - start.nanos) / 1e9
+    return f"{seconds:.2f}s" if seconds < 60 else age(seconds)
+
+
+def cores(amount: float) -> str:
+    """Processors, with at most three decimals."""
+    return f"{amount:.3f}".rstrip("0").rstrip(".")
+
+
+def used_of(used: float, total: float) -> str:
+    """``1.5/8`` processors."""
+    return f"{cores(round(used, 1))}/{cores(total)}" if total else ""
+
+
+def memory_of(used: int, total: int) -> str:
+    """``1.2GiB/8GiB``."""
+    return f"{readable_bytes(used)}/{readable_bytes(total)}" if total else ""
+
+
+def labels(values: Mapping[str, str]) -> str:
+    """``a=1,b=2`` in the order of the keys."""
+    return ",".join(f"{key}={values[key]}" for key in sorted(values))
+
+
+def instance_status(instance: "Instance") -> str:
+    """The status, with the reason where it is not the ordinary one."""
+    from hypervisor.v1.instance_pb2 import InstanceStatus
+
+    status = enum_name(InstanceStatus.Name(instance.status), "INSTANCE_STATUS_")
+    if instance.status in (InstanceStatus.INSTANCE_STATUS_FAILED, InstanceStatus.INSTANCE_STATUS_UNKNOWN):
+        return f"{status} ({instance.status_reason})" if instance.status_reason else status
+    return status
+
+
+def exit_of(instance: "Instance") -> str:
+    """The exit code of the last run."""
+    return str(instance.exit_code) if instance.HasField("exit_code") else ""
+
+
+def node_status(node: "Node") -> str:
+    """The status, with what is not usual about it."""
+    from hypervisor.v1.node_pb2 import NodeStatus
+
+    status = enum_name(NodeStatus.Name(node.status), "NODE_STATUS_")
+    return f"{status},cordoned" if not node.schedulable and status == "ready" else status
+
+
+def drivers(node: "Node") -> str:
+    """Drivers that work; those that do not are marked with ``!``."""
+    return ",".join(f"{'' if driver.available else '!'}{driver.name}" for driver in node.drivers)
+
+
+def driver_types(driver: "DriverInfo") -> str:
+    """Instance types of a driver."""
+    from hypervisor.v1.instance_pb2 import InstanceType
+
+    return ",".join(enum_name(InstanceType.Name(kind), "INSTANCE_TYPE_") for kind in driver.types)
+
+
+def operation_outcome(operation: "Operation") -> str:
+    """The state, or how far it is."""
+    from hypervisor.v1.operation_pb2 import OperationState
+
+    state = enum_name(OperationState.Name(operation.state), "OPERATION_STATE_")
+    return (
+        state
+        if operation.done or not operation.progress_percent
+        else f"{state} {operation.progress_percent}%"
+    )

@@ -1,0 +1,155 @@
+"""The tables: which columns each kind of object has, and which of them only ``-o wide`` shows."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from hypervisor.ctl.display import cells
+from hypervisor.ctl.display.table import Column
+from hypervisor.ctl.quantities import readable_bytes
+
+if TYPE_CHECKING:
+    from hypervisor.v1.cluster_pb2 import Event
+    from hypervisor.v1.instance_pb2 import Instance, InstanceStats
+    from hypervisor.v1.node_pb2 import Node
+    from hypervisor.v1.operation_pb2 import Operation
+
+__all__ = ["event_columns", "instance_columns", "node_columns", "operation_columns", "stats_columns"]
+
+_MIB = 1 << 20
+
+
+def instance_columns(now_s: float, hostnames: Mapping[str, str]) -> "list[Column[Instance]]":
+    """Instances. ``hostnames`` by node id; a node that is not in it is shown by its id."""
+    from hypervisor.v1.instance_pb2 import InstanceType
+
+    return [
+        Column("NAME", lambda i: i.name),
+        Column("TYPE", lambda i: cells.enum_name(InstanceType.Name(i.type), "INSTANCE_TYPE_")),
+        Column("STATUS", cells.instance_status),
+        Column("NODE", lambda i: hostnames.get(i.node_id, i.node_id), shrinks=True),
+        Column("CPU", lambda i: cells.cores(i.spec.cpu_cores), right=True),
+        Column("MEMORY", lambda i: readable_bytes(i.spec.memory_mb * _MIB), right=True),
+        Column("IMAGE", lambda i: i.spec.image or i.spec.kernel_path, shrinks=True),
+        Column("AGE", lambda i: cells.since(i.created_at, now_s), right=True),
+        Column("ID", lambda i: i.id, wide=True),
+        Column("PROJECT", lambda i: i.project, wide=True),
+        Column("DISK", lambda i: f"{i.spec.disk_gb}GiB" if i.spec.disk_gb else "", wide=True, right=True),
+        Column("EXIT", cells.exit_of, wide=True, right=True),
+        Column("RUNTIME", lambda i: i.runtime, wide=True),
+        Column("LABELS", lambda i: cells.labels(i.labels), wide=True, shrinks=True),
+        Column("MESSAGE", lambda i: i.status_message, wide=True, shrinks=True),
+    ]
+
+
+def node_columns(now_s: float) -> "list[Column[Node]]":
+    """Nodes."""
+    from hypervisor.v1.node_pb2 import NodeRole
+
+    return [
+        Column("HOSTNAME", lambda n: n.hostname),
+        Column("STATUS", cells.node_status),
+        Column("ROLE", lambda n: cells.enum_name(NodeRole.Name(n.role), "NODE_ROLE_")),
+        Column("REGION/ZONE", lambda n: f"{n.region}/{n.zone}"),
+        Column("DRIVERS", cells.drivers, shrinks=True),
+        Column("INSTANCES", lambda n: str(n.reservation.instances), right=True),
+        Column(
+            "CPU RESERVED",
+            lambda n: cells.used_of(n.reservation.cpu_cores, n.resources.cpu_cores),
+            right=True,
+        ),
+        Column(
+            "MEMORY RESERVED",
+            lambda n: cells.memory_of(n.reservation.memory_bytes, n.resources.memory_bytes),
+            right=True,
+        ),
+        Column("AGE", lambda n: cells.since(n.created_at, now_s), right=True),
+        Column("ID", lambda n: n.id, wide=True),
+        Column("ADDRESS", lambda n: f"{n.address}:{n.port}", wide=True),
+        Column(
+            "CPU USED",
+            lambda n: cells.used_of(n.resources.cpu_used_cores, n.resources.cpu_cores),
+            wide=True,
+            right=True,
+        ),
+        Column(
+            "MEMORY USED",
+            lambda n: cells.memory_of(n.resources.memory_used, n.resources.memory_bytes),
+            wide=True,
+            right=True,
+        ),
+        Column(
+            "DISK USED",
+            lambda n: cells.memory_of(n.resources.disk_used, n.resources.disk_bytes),
+            wide=True,
+            right=True,
+        ),
+        Column("HEARTBEAT", lambda n: cells.since(n.last_heartbeat_at, now_s), wide=True, right=True),
+        Column("VERSION", lambda n: n.agent_version, wide=True),
+        Column("LABELS", lambda n: cells.labels(n.labels), wide=True, shrinks=True),
+        Column("MESSAGE", lambda n: n.status_message, wide=True, shrinks=True),
+    ]
+
+
+def operation_columns(now_s: float) -> "list[Column[Operation]]":
+    """Operations."""
+    return [
+        Column("ID", lambda o: o.id),
+        Column("VERB", lambda o: o.verb),
+        Column("OBJECT", lambda o: f"{o.object_kind}/{o.object_name or o.object_id}", shrinks=True),
+        Column("STATE", cells.operation_outcome),
+        Column("STARTED", lambda o: cells.since(o.started_at, now_s), right=True),
+        Column("TOOK", lambda o: cells.span(o.started_at, o.finished_at, now_s), right=True),
+        Column("MESSAGE", lambda o: o.error.message if o.done else o.progress_message, shrinks=True),
+        Column("BY", lambda o: o.principal, wide=True),
+        Column("PROJECT", lambda o: o.project, wide=True),
+        Column("SERVER", lambda o: o.server_id, wide=True),
+        Column("REQUEST", lambda o: o.request_id, wide=True),
+    ]
+
+
+def event_columns() -> "list[Column[Event]]":
+    """Events; one at a time is shown, so the widths of the first are kept."""
+    from hypervisor.v1.cluster_pb2 import Event
+
+    return [
+        Column("REVISION", lambda e: str(e.revision), right=True),
+        Column("TIME", lambda e: e.time.ToJsonString() if e.time.seconds else ""),
+        Column("TYPE", lambda e: cells.enum_name(Event.Type.Name(e.type), "TYPE_")),
+        Column("OBJECT", lambda e: f"{e.kind}/{e.object_name or e.object_id}" if e.kind else ""),
+        Column("REASON", lambda e: e.reason),
+        Column("MESSAGE", lambda e: e.message, shrinks=True),
+        Column("ID", lambda e: e.object_id, wide=True),
+    ]
+
+
+def stats_columns(name: str) -> "list[Column[InstanceStats]]":
+    """Samples of one instance. What its driver cannot know is ``-``."""
+
+    def given(stats: "InstanceStats", field: str) -> str:
+        return str(getattr(stats, field)) if stats.HasField(field) else ""  # type: ignore[arg-type]
+
+    def size(stats: "InstanceStats", field: str) -> str:
+        return readable_bytes(getattr(stats, field)) if stats.HasField(field) else ""  # type: ignore[arg-type]
+
+    return [
+        Column("NAME", lambda s: name),
+        Column(
+            "CPU", lambda s: f"{s.cpu_used_cores:.3f}" if s.HasField("cpu_used_cores") else "", right=True
+        ),
+        Column(
+            "CPU TIME",
+            lambda s: f"{s.cpu_usage_ns / 1e9:.2f}s" if s.HasField("cpu_usage_ns") else "",
+            right=True,
+        ),
+        Column("MEMORY", lambda s: size(s, "memory_used_bytes"), right=True),
+        Column("WORKING SET", lambda s: size(s, "memory_working_set_bytes"), right=True),
+        Column("LIMIT", lambda s: size(s, "memory_limit_bytes"), right=True),
+        Column("PIDS", lambda s: given(s, "pids"), right=True),
+        Column("OOM KILLS", lambda s: given(s, "oom_kills"), right=True),
+        Column("THROTTLED", lambda s: given(s, "cpu_throttled_periods"), wide=True, right=True),
+        Column("READ", lambda s: size(s, "block_read_bytes"), wide=True, right=True),
+        Column("WRITTEN", lambda s: size(s, "block_write_bytes"), wide=True, right=True),
+        Column("RECEIVED", lambda s: size(s, "network_receive_bytes"), wide=True, right=True),
+        Column("SENT", lambda s: size(s, "network_transmit_bytes"), wide=True, right=True),
+        Column("SAMPLED", lambda s: s.sampled_at.ToJsonString(), wide=True),
+    ]

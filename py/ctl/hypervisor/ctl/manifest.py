@@ -1,0 +1,228 @@
+"""Instances described in YAML (``instance create -f``): several documents, keys as in the API, every mistake named.
+
+::
+
+    name: web
+    type: container            # vm, container, microvm
+    labels: {app: web}
+    desired_state: running     # or stopped
+    spec:
+      image: oci-archive:/srv/images/busybox.tar
+      cpu_cores: 0.5
+      memory_mb: 256           # or memory: 256MiB
+      disk_gb: 1               # or disk: 1GiB
+      command: [sh, -c, "while true; do date; sleep 1; done"]
+      env: {GREETING: hello}
+      node_selector: zone in (a, b)
+      placement_policy: binpack
+"""
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from hypervisor.core.errors import FieldViolation, InvalidArgument
+from hypervisor.core.names import shorten
+from hypervisor.ctl import quantities
+from hypervisor.ctl.selectors import add_selector, parse_selector
+from hypervisor.v1.instance_pb2 import (
+    DesiredState,
+    Instance,
+    InstanceType,
+    PlacementPolicy,
+)
+
+__all__ = ["parse_manifest"]
+
+_TEXT_FIELDS = ("image", "kernel_path", "initrd_path", "kernel_args", "working_dir", "node")
+_SPEC_KEYS = (
+    *(
+        "image",
+        "cpu_cores",
+        "memory_mb",
+        "memory",
+        "disk_gb",
+        "disk",
+        "kernel_path",
+        "initrd_path",
+        "kernel_args",
+    ),
+    *("command", "env", "working_dir", "pids_limit", "node_selector", "placement_policy", "node"),
+)
+_TOP_KEYS = ("name", "type", "project", "labels", "desired_state", "spec")
+
+
+def parse_manifest(text: str, source: str) -> list[Instance]:
+    """The instances of a file. InvalidArgument (MANIFEST_INVALID) lists every mistake with its line."""
+    reader = _Reader(source)
+    loader = yaml.SafeLoader(text)
+    instances: list[Instance] = []
+    try:
+        while loader.check_node():
+            node = loader.get_node()
+            if node is None or (isinstance(node, yaml.ScalarNode) and node.value in ("", "null", "~")):
+                continue
+            instances.append(reader.instance(node))
+    except yaml.YAMLError as exc:
+        mark = getattr(exc, "problem_mark", None)
+        line = mark.line + 1 if mark is not None else 0
+        reader.wrong(line, "", f"not valid YAML: {getattr(exc, 'problem', None) or exc}")
+    finally:
+        loader.dispose()
+    if not instances and not reader.problems:
+        reader.wrong(1, "", "holds no instance: give at least name, type and spec")
+    if reader.problems:
+        lines = "; ".join(f"{v.field} {v.description}" for v in reader.problems)
+        raise InvalidArgument(
+            lines, reason="MANIFEST_INVALID", metadata={"file": source}, violations=tuple(reader.problems)
+        )
+    return instances
+
+
+@dataclass
+class _Reader:
+    """Walks the nodes of a document, so that each mistake has its line."""
+
+    source: str
+    problems: list[FieldViolation] = field(default_factory=list)
+
+    def wrong(self, line: int, key: str, description: str) -> None:
+        where = f"{self.source}:{line}: {key}".rstrip(": ") if line else self.source
+        self.problems.append(FieldViolation(where + ":", description))
+
+    def instance(self, node: yaml.Node) -> Instance:
+        instance = Instance()
+        keys = self._mapping(node, "", _TOP_KEYS)
+        for key in ("name", "type", "spec"):
+            if key not in keys:
+                self.wrong(node.start_mark.line + 1, key, "is required")
+        for key in ("name", "project"):
+            if key in keys:
+                setattr(instance, key, self._text(keys[key], key))
+        if "type" in keys:
+            instance.type = self._enum(
+                keys["type"], "type", InstanceType, "INSTANCE_TYPE_", InstanceType.values
+            )
+        if "desired_state" in keys:
+            allowed = (DesiredState.DESIRED_STATE_RUNNING, DesiredState.DESIRED_STATE_STOPPED)
+            instance.desired_state = self._enum(
+                keys["desired_state"], "desired_state", DesiredState, "DESIRED_STATE_", lambda: allowed
+            )
+        if "labels" in keys:
+            instance.labels.update(self._texts(keys["labels"], "labels"))
+        if "spec" in keys:
+            self._spec(keys["spec"], instance)
+        return instance
+
+    def _spec(self, node: yaml.Node, instance: Instance) -> None:
+        spec = instance.spec
+        keys = self._mapping(node, "spec", _SPEC_KEYS)
+        for one, other in (("memory_mb", "memory"), ("disk_gb", "disk")):
+            if one in keys and other in keys:
+                self.wrong(_line(keys[other]), f"spec.{other}", f"says the same as {one}: give one of them")
+        for key, child in keys.items():
+            path = f"spec.{key}"
+            if key in _TEXT_FIELDS:
+                setattr(spec, key, self._text(child, path))
+            elif key == "cpu_cores":
+                spec.cpu_cores = self._converted(child, path, quantities.cpu_cores, 0.0)
+            elif key in ("memory_mb", "memory"):
+                spec.memory_mb = self._converted(child, path, quantities.whole_mib, 0)
+            elif key in ("disk_gb", "disk"):
+                spec.disk_gb = self._converted(child, path, quantities.whole_gib, 0)
+            elif key == "pids_limit":
+                spec.pids_limit = self._integer(child, path)
+            elif key == "command":
+                spec.command.extend(self._words(child, path))
+            elif key == "env":
+                spec.env.update(self._texts(child, path))
+            elif key == "placement_policy":
+                spec.placement_policy = self._enum(
+                    child, path, PlacementPolicy, "PLACEMENT_POLICY_", PlacementPolicy.values
+                )
+            else:
+                add_selector(instance, self._converted(child, path, parse_selector, ()))
+
+    def _mapping(self, node: yaml.Node, path: str, known: tuple[str, ...]) -> dict[str, yaml.Node]:
+        if not isinstance(node, yaml.MappingNode):
+            self.wrong(_line(node), path, f"must be a mapping with the keys {', '.join(known)}")
+            return {}
+        found: dict[str, yaml.Node] = {}
+        for key_node, value_node in node.value:
+            key = str(key_node.value)
+            where = f"{path}.{key}" if path else key
+            if key in found:
+                self.wrong(_line(key_node), where, "is given twice: remove one")
+            elif key not in known:
+                close = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+                self.wrong(_line(key_node), where, f"is not a known key: {hint}")
+            else:
+                found[key] = value_node
+        return found
+
+    def _scalar(self, node: yaml.Node, path: str, kind: str) -> str | None:
+        if isinstance(node, yaml.ScalarNode) and node.tag != "tag:yaml.org,2002:null":
+            return str(node.value)
+        self.wrong(_line(node), path, f"must be {kind}")
+        return None
+
+    def _text(self, node: yaml.Node, path: str) -> str:
+        return self._scalar(node, path, "text") or ""
+
+    def _integer(self, node: yaml.Node, path: str) -> int:
+        text = self._scalar(node, path, "a number")
+        if text is None:
+            return 0
+        try:
+            number = int(text)
+        except ValueError:
+            self.wrong(_line(node), path, f"{shorten(text)} is not a whole number")
+            return 0
+        if not -(1 << 63) <= number < 1 << 63:
+            self.wrong(_line(node), path, f"{shorten(text)} is out of range")
+            return 0
+        return number
+
+    def _words(self, node: yaml.Node, path: str) -> list[str]:
+        if not isinstance(node, yaml.SequenceNode):
+            self.wrong(_line(node), path, "must be a list of words, such as [sh, -c, 'echo hello']")
+            return []
+        return [self._scalar(child, f"{path}[{i}]", "text") or "" for i, child in enumerate(node.value)]
+
+    def _texts(self, node: yaml.Node, path: str) -> Mapping[str, str]:
+        if not isinstance(node, yaml.MappingNode):
+            self.wrong(_line(node), path, "must be a mapping of text to text")
+            return {}
+        return {
+            str(key.value): self._scalar(value, f"{path}.{key.value}", "text") or ""
+            for key, value in node.value
+        }
+
+    def _enum(self, node: yaml.Node, path: str, enum: Any, prefix: str, values: Callable[[], Any]) -> Any:
+        text = self._scalar(node, path, "text")
+        names = {str(enum.Name(number)).removeprefix(prefix).lower(): number for number in values() if number}
+        if text is None:
+            return 0
+        plain = text.removeprefix(prefix).lower()
+        if plain not in names:
+            self.wrong(_line(node), path, f"{shorten(text)} is not one of {', '.join(names)}")
+        return names.get(plain, 0)
+
+    def _converted(self, node: yaml.Node, path: str, convert: Callable[[str, str], Any], default: Any) -> Any:
+        text = self._scalar(node, path, "text or a number")
+        if text is None:
+            return default
+        try:
+            return convert(path, text)
+        except InvalidArgument as exc:
+            self.wrong(_line(node), path, exc.violations[0].description)
+            return default
+
+
+def _line(node: yaml.Node) -> int:
+    line: int = node.start_mark.line + 1
+    return line
