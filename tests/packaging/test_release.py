@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def test_another_interpreter_is_refused_by_name(release: Path, tmp_path: Path) -
         "#!/bin/sh\n"
         "# A 3.12 for whoever asks: runs the launcher's first lines with another version number.\n"
         'code="import sys; sys.version_info = (3, 12, 0)\n$4"\n'
-        'shift 4; exec /usr/bin/python3.11 -I -S -c "$code" "$@"\n'
+        f'shift 4; exec {sys.executable} -I -S -c "$code" "$@"\n'
     )
     other.chmod(0o755)
 
