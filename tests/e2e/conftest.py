@@ -1,0 +1,39 @@
+"""The built release, a cluster of its programs, and an image of Debian's busybox."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hvtest_containerd import missing_programs
+from hvtest_programs import ProgramCluster, unpack_release
+
+
+@pytest.fixture(scope="session")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked release tarball."""
+    missing = missing_programs()
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}: tools/setup installs what is missing, as root")
+    return unpack_release(tmp_path_factory.mktemp("release"))
+
+
+@pytest.fixture(scope="module")
+def cluster(release: Path) -> Iterator[ProgramCluster]:
+    """One server, one agent, one containerd, shared by the tests of a module."""
+    with ProgramCluster(release) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def image(cluster: ProgramCluster) -> str:
+    """Reference of a busybox image on the node, made by the command line from Debian's busybox-static."""
+    path = cluster.images / "busybox.tar"
+    subprocess.run(
+        [str(cluster.bin / "hypervisor-ctl"), "dev", "image", "--binary", "/bin/busybox", "-o", str(path)],
+        check=True,
+        env=cluster.env,
+        stdout=subprocess.DEVNULL,
+    )
+    return f"oci-archive:{path}"
