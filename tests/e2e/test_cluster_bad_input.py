@@ -1,4 +1,4 @@
-"""Bad input through the built programs: the gRPC code, the reason, a sentence that names the field, nothing half-made."""
+"""Bad input through the built programs: code, reason, a sentence that names the field, and nothing half-made."""
 
 import uuid
 from collections.abc import Iterator
