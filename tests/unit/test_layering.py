@@ -31,7 +31,7 @@ EDGES = {
     "core": {"grpc_errors"},
     "ext": set(),
     "wire": {""},
-    "server": {"agents", "api", "app", "gateway", "store/etcd"},
+    "server": {"agent_pool", "agents", "api", "app", "gateway", "store/etcd"},
     "agent": {"api", "app", "cluster_link", "drivers/containerd"},
     # A client is an edge all over: it sends and shows messages and has no domain values of its own.
     "ctl": {""},
