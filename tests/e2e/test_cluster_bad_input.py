@@ -48,6 +48,8 @@ CASES = [
     ("upper case", {"name": "Web"}, Code.INVALID_ARGUMENT, "name"),
     ("no type", {"type": 0}, Code.INVALID_ARGUMENT, "type"),
     ("unknown type", {"type": 77}, Code.INVALID_ARGUMENT, "type"),
+    ("no processors", {"spec_cpu_cores": 0.0}, Code.INVALID_ARGUMENT, "cpu_cores"),
+    ("no memory", {"spec_memory_mb": 0}, Code.INVALID_ARGUMENT, "memory_mb"),
     ("negative processors", {"spec_cpu_cores": -1.0}, Code.INVALID_ARGUMENT, "cpu_cores"),
     ("huge processors", {"spec_cpu_cores": 1e12}, Code.INVALID_ARGUMENT, "cpu_cores"),
     ("not a number", {"spec_cpu_cores": float("nan")}, Code.INVALID_ARGUMENT, "cpu_cores"),
