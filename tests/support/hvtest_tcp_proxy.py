@@ -36,7 +36,7 @@ class TcpProxy:
         self._refusing = False
         self._hold_after = b""
         self._cut_before = b""
-        self._answer_budget: int | None = None
+        self._answer_budgets: list[int] = []
         self._port = 0
         self.seen = asyncio.Event()
         self.accepted = 0
@@ -62,6 +62,10 @@ class TcpProxy:
         """Serve new connections again."""
         self._refusing = False
 
+    def redirect(self, target_port: int) -> None:
+        """Serve new connections from another port."""
+        self._target_port = target_port
+
     def pause(self) -> None:
         """Let nothing through the connections there are, without closing them; new ones are served."""
         for connection in self._connections:
@@ -75,7 +79,8 @@ class TcpProxy:
             connection.answers.set()
 
     def hold_answers_after(self, marker: bytes) -> None:
-        """Deliver the request that contains ``marker``, but nothing of what that connection answers from then on."""
+        """Deliver the request that contains ``marker``, but nothing of what that connection answers from then on;
+        once: the same request on another connection is answered."""
         self._hold_after = marker
         self.seen.clear()
 
@@ -84,9 +89,9 @@ class TcpProxy:
         self._cut_before = marker
         self.seen.clear()
 
-    def cut_after_answers(self, count: int) -> None:
-        """Reset the connection on which the next ``count`` bytes of answers were delivered; once."""
-        self._answer_budget = count
+    def cut_after_answers(self, *counts: int) -> None:
+        """Reset a connection after so many bytes of answers; then, of the connections after it, the next count."""
+        self._answer_budgets = list(counts)
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -137,6 +142,7 @@ class TcpProxy:
                 self.seen.set()
                 break
             if self._hold_after and self._hold_after in window:
+                self._hold_after = b""
                 connection.answers.clear()
                 self.seen.set()
             tail = window[-256:]
@@ -147,11 +153,12 @@ class TcpProxy:
         while data := await _read(reader):
             await connection.flowing.wait()
             await connection.answers.wait()
-            if self._answer_budget is not None:
-                data, self._answer_budget = data[: self._answer_budget], self._answer_budget - len(data)
-                if self._answer_budget <= 0:
-                    self._answer_budget = None
-                    await self._forward(connection.client, data)
+            if self._answer_budgets:
+                left = self._answer_budgets[0]
+                self._answer_budgets[0] = left - len(data)
+                if left <= len(data):
+                    del self._answer_budgets[0]
+                    await self._forward(connection.client, data[:left])
                     break
             await self._forward(connection.client, data)
         self._cut(connection)

@@ -59,6 +59,7 @@ COMMIT_PREFIX = "hypervisor-store/commits/"
 _SLOTS = 256
 _LEASE_TTL_S = 120
 _ATTEMPTS = 3
+_MIN_TIMEOUT_S = 0.5
 
 log = structlog.get_logger(__name__)
 
@@ -127,11 +128,15 @@ class EtcdCommitter:
             for attempt in range(1, _ATTEMPTS + 1):
                 try:
                     async with self._slot() as slot:
-                        return await self._commit_through(slot, compares, operations, reads)
+                        # Half of what is left, so that one silent member leaves time for another.
+                        timeout_s = max((deadline - self._clock.monotonic()) / 2, _MIN_TIMEOUT_S)
+                        return await self._commit_through(
+                            slot, compares, operations, reads, timeout_s=timeout_s
+                        )
                 except _Void as exc:
                     if attempt == _ATTEMPTS or self._clock.monotonic() >= deadline:
                         raise Unavailable(
-                            f"etcd lost the commit {attempt} times ({exc}); nothing was written",
+                            f"a commit to etcd failed {attempt} times ({exc}); nothing was written",
                             reason="STORE_UNAVAILABLE",
                             retry_after_s=1.0,
                         ) from exc
@@ -162,6 +167,8 @@ class EtcdCommitter:
         compares: Sequence[pb.Compare],
         operations: Sequence[pb.RequestOp],
         reads: Sequence[pb.RequestOp],
+        *,
+        timeout_s: float,
     ) -> Applied | Refused:
         known = slot.revision
         slot.uses += 1
@@ -175,7 +182,7 @@ class EtcdCommitter:
             # From here on the slot is in doubt, until one of the ways out says otherwise.
             slot.revision = None
             try:
-                response = await member.kv.Txn(request, timeout=self._members.request_timeout_s)
+                response = await member.kv.Txn(request, timeout=timeout_s)
             except grpc.aio.AioRpcError as exc:
                 lost = exc
                 endpoint = member.endpoint

@@ -100,11 +100,20 @@ def open_writer(path: str, *, max_bytes: int) -> sqlite3.Connection:
     except sqlite3.Error as exc:
         raise translate(exc, path) from exc
     try:
+        # First of all: setting the journal mode would already change somebody else's file.
+        empty = _check_ours(connection, path)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA foreign_keys = OFF")
         connection.execute("PRAGMA cache_size = -65536")
-        _ensure_schema(connection, path)
+        if empty:
+            connection.executescript(
+                f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA application_id = {_APPLICATION_ID};"
+                f"PRAGMA user_version = {_SCHEMA_VERSION}; COMMIT;"
+            )
+        # A write that changes nothing finds a read-only file system now and not at the first commit.
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("UPDATE meta SET value = value WHERE name = 'revision'")
+        connection.execute("COMMIT")
         if max_bytes:
             page_size = connection.execute("PRAGMA page_size").fetchone()[0]
             connection.execute(f"PRAGMA max_page_count = {max(1, max_bytes // page_size)}")
@@ -128,29 +137,25 @@ def open_reader(path: str) -> sqlite3.Connection:
     return connection
 
 
-def _ensure_schema(connection: sqlite3.Connection, path: str) -> None:
+def _check_ours(connection: sqlite3.Connection, path: str) -> bool:
+    """Whether the file is new and empty; raises unless it is that or a store of ours, without changing it."""
     application_id = connection.execute("PRAGMA application_id").fetchone()[0]
     version = connection.execute("PRAGMA user_version").fetchone()[0]
+    tables = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
     if application_id == 0 and version == 0:
-        if connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+        if tables:
             raise _foreign(path, "it holds another program's tables")
-        connection.executescript(
-            f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA application_id = {_APPLICATION_ID};"
-            f"PRAGMA user_version = {_SCHEMA_VERSION}; COMMIT;"
-        )
-    elif application_id != _APPLICATION_ID:
+        return True
+    if application_id != _APPLICATION_ID:
         raise _foreign(path, f"its application id is {application_id:#x}")
-    elif version > _SCHEMA_VERSION:
+    if version > _SCHEMA_VERSION:
         raise FailedPrecondition(
             f"the store {path} has format {version}, this program knows up to {_SCHEMA_VERSION}: use the newer "
             "program that wrote it",
             reason="STORE_FORMAT_TOO_NEW",
             metadata={"path": path, "format": str(version)},
         )
-    # A write that changes nothing finds a read-only file system now and not at the first commit.
-    connection.execute("BEGIN IMMEDIATE")
-    connection.execute("UPDATE meta SET value = value WHERE name = 'revision'")
-    connection.execute("COMMIT")
+    return False
 
 
 def _foreign(path: str, why: str) -> FailedPrecondition:
