@@ -115,7 +115,8 @@ def fake_driver(
         available=available,
         reason="" if available else "it was told not to work",
         capabilities=tuple(
-            Capability(verb=verb, supported=verb not in missing, reason=missing.get(verb, "")) for verb in VERBS
+            Capability(verb=verb, supported=verb not in missing, reason=missing.get(verb, ""))
+            for verb in VERBS
         ),
     )
 
@@ -178,7 +179,10 @@ def draft(name: str, *, cpu_cores: float = 1, memory_mb: int = 64, **changes: ob
         project="default",
         type=InstanceType.CONTAINER,
         spec=InstanceSpec(
-            image="busybox", cpu_millis=round(cpu_cores * 1000), memory_mb=memory_mb, **changes  # type: ignore[arg-type]
+            image="busybox",
+            cpu_millis=round(cpu_cores * 1000),
+            memory_mb=memory_mb,
+            **changes,  # type: ignore[arg-type]
         ),
         labels={},
         desired=DesiredState.RUNNING,

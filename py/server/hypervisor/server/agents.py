@@ -1,6 +1,6 @@
 """What the control plane asks of nodes, as Protocols, and what their consoles yield.
 
-``agent_pool.py`` implements them over gRPC; tests have one in memory.
+``agents_grpc.py`` implements them over gRPC; tests have one in memory.
 """
 
 from collections.abc import AsyncIterator

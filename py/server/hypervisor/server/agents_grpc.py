@@ -12,7 +12,7 @@ from hypervisor.core.errors import HypervisorError, Internal, Unavailable
 from hypervisor.core.grpc_errors import from_rpc_error
 from hypervisor.core.model import ConsoleSize, Instance, InstanceStats, Node, Observation
 from hypervisor.server.agents import CallContext
-from hypervisor.server.console_session import AgentConsole, open_console
+from hypervisor.server.agents_console import AgentConsole, open_console
 from hypervisor.wire.enums import INSTANCE_TYPE
 from hypervisor.wire.instances import observation_from_wire, spec_to_wire, stats_from_wire
 from hypervisor.wire.times import duration_of
