@@ -113,7 +113,7 @@ class GrpcClusterLink:
         self._timeout_s = timeout_s
         self._current = 0
         self._channel: grpc.aio.Channel | None = None
-        self._stub: "cluster_pb2_grpc.ClusterServiceAsyncStub | None" = None
+        self._stub: cluster_pb2_grpc.ClusterServiceAsyncStub | None = None
         self._switching = asyncio.Lock()
 
     @property

@@ -22,6 +22,9 @@ from hypervisor.core.errors import HypervisorError, Internal
 
 __all__ = ["Journal"]
 
+_LATER_S = 0.02
+"""How long a write that nobody waits for may wait for company."""
+
 _log = structlog.get_logger(__name__)
 
 
@@ -40,6 +43,8 @@ class Journal:
         self._entries: dict[str, Entry] = {}
         self._epochs_gone: dict[str, int] = {}
         self._closed = False
+        self._flush_due = False
+        self._flush_later: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> "Journal":
         try:
@@ -81,17 +86,20 @@ class Journal:
 
     def put_soon(self, entry: Entry) -> None:
         """Record the entry with the next sync, without waiting: for what recovery could find out by itself."""
-        self._submit(Write(Put(entry), finishing=True)).add_done_callback(_log_lost)
+        self._submit(Write(Put(entry), finishing=True), later=True).add_done_callback(_log_lost)
 
     def forget_soon(self, instance_id: str, *, epoch: int) -> None:
         """As :meth:`forget`, with the next sync, without waiting."""
-        self._submit(Write(Forget(instance_id, epoch), finishing=True)).add_done_callback(_log_lost)
+        self._submit(Write(Forget(instance_id, epoch), finishing=True), later=True).add_done_callback(
+            _log_lost
+        )
 
     async def aclose(self) -> None:
         """Write what waits and close the file; idempotent."""
         if self._closed:
             return
         self._closed = True
+        self._flush_now()
         # Runs after every flush that was submitted; bounded by the disk's own time-outs.
         await asyncio.shield(asyncio.wrap_future(self._executor.submit(self._file.close)))
         self._executor.shutdown(wait=False)
@@ -100,14 +108,33 @@ class Journal:
         # Shielded: a caller that leaves must not take a record out of a batch that is being written.
         await asyncio.shield(asyncio.wrap_future(self._submit(write)))
 
-    def _submit(self, write: Write) -> Future[None]:
+    def _submit(self, write: Write, *, later: bool = False) -> Future[None]:
+        """Queue the write. What is queued in one turn of the loop goes into one batch; a later write waits for
+        one that cannot, or a little while."""
         if self._closed:
             raise Internal("the journal is closed")
         future: Future[None] = Future()
         with self._lock:
             self._waiting.append((write, future))
-        self._executor.submit(self._flush)
+        loop = asyncio.get_running_loop()
+        if not later and not self._flush_due:
+            self._flush_due = True
+            loop.call_soon(self._flush_on_time)
+        elif later and not self._flush_due and self._flush_later is None:
+            self._flush_later = loop.call_later(_LATER_S, self._flush_on_time)
         return future
+
+    def _flush_on_time(self) -> None:
+        if not self._closed:  # Else the closing has flushed.
+            self._flush_now()
+
+    def _flush_now(self) -> None:
+        self._flush_due = False
+        if self._flush_later is not None:
+            self._flush_later.cancel()
+            self._flush_later = None
+        if self._waiting:
+            self._executor.submit(self._flush)
 
     def _flush(self) -> None:
         """Write all that waits as one batch; finds nothing when an earlier flush took it along."""

@@ -1,0 +1,29 @@
+"""Waiting in tests: on conditions, bounded, never for a fixed time."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+__all__ = ["until", "within"]
+
+T = TypeVar("T")
+
+
+async def until(probe: Callable[[], T], *, what: str, timeout_s: float = 10.0) -> T:
+    """The first true result of ``probe``; AssertionError after ``timeout_s``."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            while not (result := probe()):
+                await asyncio.sleep(0.005)
+            return result
+    except TimeoutError:
+        raise AssertionError(f"not within {timeout_s} s: {what}") from None
+
+
+async def within(work: Awaitable[T], *, what: str, timeout_s: float = 10.0) -> T:
+    """The result of ``work``; AssertionError after ``timeout_s``."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await work
+    except TimeoutError:
+        raise AssertionError(f"not within {timeout_s} s: {what}") from None
