@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+
 from hvtest_agent import MemoryAgents
 from hvtest_control_plane import (
     add_node,
@@ -14,7 +15,6 @@ from hvtest_control_plane import (
     registration,
     until,
 )
-
 from hypervisor.core.errors import (
     AlreadyExists,
     Cancelled,

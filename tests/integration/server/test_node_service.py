@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 import pytest
+
 from hvtest_agent import MemoryAgents
 from hvtest_control_plane import add_node, control_plane, draft, fake_driver, mutation, registration, until
-
 from hypervisor.core.errors import AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted
 from hypervisor.core.model import InstanceStats, NodeResources
 from hypervisor.core.states import InstanceStatus, NodeStatus, OperationState

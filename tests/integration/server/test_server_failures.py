@@ -6,6 +6,7 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 
 import pytest
+
 from hvtest_agent import MemoryAgents
 from hvtest_control_plane import (
     add_node,
@@ -16,7 +17,6 @@ from hvtest_control_plane import (
     registration,
     until,
 )
-
 from hypervisor.core.clock import SystemClock
 from hypervisor.core.errors import AlreadyExists, ResourceExhausted, Unavailable
 from hypervisor.core.states import InstanceStatus, NodeStatus, OperationState
