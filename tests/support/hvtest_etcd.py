@@ -37,15 +37,18 @@ def free_port() -> int:
 class EtcdServer:
     """Start with ``with``; ``kill`` and ``start`` it again in between as the test likes.
 
+    ``arguments`` come after its own, and win. ``tls_port`` is for a second, encrypted address, set by who adds one.
+
     Its timers are short, so that it elects itself in a fraction of a second and grants leases of one second.
     """
 
     def __init__(self, directory: Path, *, arguments: Sequence[str] = ()) -> None:
         self._binary = require_etcd()
         self._directory = directory
-        self._arguments = arguments
+        self.arguments = tuple(arguments)
         self._peer_port = free_port()
         self.port = free_port()
+        self.tls_port = 0
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -66,7 +69,7 @@ class EtcdServer:
                     *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
                     *("--initial-cluster", f"one={peer}"),
                     *("--heartbeat-interval", "20", "--election-timeout", "200"),
-                    *self._arguments,
+                    *self.arguments,
                 ],
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -14,10 +14,15 @@ whose ``mod_revision`` we know. The transaction carries a compare on it and writ
 When the answer is lost, a second transaction settles the matter:
 
     if   mod_revision(slot) == known
-    then put slot = token + "!"         -- not applied, and now it never will be: its own compare has become
-    false else get slot                       -- token: applied, at this mod_revision; "token!": an earlier
-    try to settle
-                                           got through; anything else or nothing: cannot be known
+    then put slot = token + "!"
+    else get slot
+
+* The put was done: the transaction was not applied, and now it never will be, as its own compare is false.
+* The slot holds the token: it was applied, at the slot's ``mod_revision``.
+* The slot holds the token and "!": an earlier try to settle got through; as the first case.
+* It holds anything else, or is gone: the outcome cannot be known.
+
+(A full etcd refuses to write but has answered: then the slot is only read.)
 
 Of the transaction and its settlement exactly one can find the slot as it was, so the verdict is final, and
 settling can be repeated for as long as it takes. Slots are bound to a lease, which removes them when the
@@ -229,23 +234,30 @@ class EtcdCommitter:
         request = pb.TxnRequest(
             compare=[_unchanged(slot.key, known)], success=[_put(slot, void)], failure=[_get(slot.key)]
         )
+        if lost.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            # etcd has answered, so nothing is on its way any more; and being full it would refuse to write.
+            request = pb.TxnRequest(success=[_get(slot.key)])
         try:
             response = await self._members.repeat(partial(_txn, request))
         except HypervisorError as exc:
             raise OutcomeUnknown(
-                f"the answer of a commit was lost ({lost.code().name}) and etcd could not be asked about it ({exc}): "
-                "it may or may not be applied; read back before a retry",
+                f"the answer of a commit was lost ({lost.code().name}) and etcd could not be asked about it "
+                f"({exc}): it may or may not be applied; read back before a retry",
             ) from lost
-        if response.succeeded:
+        answer = response.responses[0]
+        if answer.HasField("response_put"):
             slot.revision = response.header.revision
             return None
-        found = response.responses[0].response_range.kvs
+        found = answer.response_range.kvs
+        if found and found[0].mod_revision == known:
+            slot.revision = known
+            return None
         if found and found[0].value in (token, void):
             slot.revision = found[0].mod_revision
             return slot.revision if found[0].value == token else None
         raise OutcomeUnknown(
-            f"the answer of a commit was lost ({lost.code().name}) and its commit slot is gone: it may or may not be "
-            "applied; read back before a retry",
+            f"the answer of a commit was lost ({lost.code().name}) and its commit slot is gone: it may or may not "
+            "be applied; read back before a retry",
         ) from lost
 
     async def _blame_lease(self, slot: _Slot, operations: Sequence[pb.RequestOp]) -> Exception:
