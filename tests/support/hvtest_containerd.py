@@ -130,7 +130,13 @@ class PrivateContainerd:
         """Control groups of containers in its namespace."""
         root = Path("/sys/fs/cgroup")
         parents = [root / self.namespace, *(d / self.namespace for d in root.iterdir() if d.is_dir())]
-        return [str(child) for parent in parents if parent.is_dir() for child in parent.iterdir() if child.is_dir()]
+        return [
+            str(child)
+            for parent in parents
+            if parent.is_dir()
+            for child in parent.iterdir()
+            if child.is_dir()
+        ]
 
     def leftovers(self) -> dict[str, list[str]]:
         """What containers left in it, by kind; imported images with their snapshots are no leftovers."""

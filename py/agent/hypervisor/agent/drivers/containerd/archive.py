@@ -54,6 +54,7 @@ class ArchiveImage:
     config: Blob
     layers: tuple[Blob, ...]
     diff_ids: tuple[str, ...]
+    process: oci.ProcessConfig
 
 
 class _DockerEntry(msgspec.Struct, frozen=True, rename="pascal"):
@@ -269,6 +270,7 @@ class Archive:
             config=Blob(manifest.config, data=config_data),
             layers=tuple(self._located(members, layer, "layer") for layer in manifest.layers),
             diff_ids=config.rootfs.diff_ids,
+            process=config.config or oci.ProcessConfig(),
         )
 
     def _from_docker(self, members: Mapping[str, tuple[int, int]], tag: str) -> ArchiveImage:
@@ -316,6 +318,7 @@ class Archive:
             config=Blob(config_descriptor, data=config_data),
             layers=tuple(layers),
             diff_ids=config.rootfs.diff_ids,
+            process=config.config or oci.ProcessConfig(),
         )
 
     def _hash(self, blob: Blob) -> str:

@@ -141,6 +141,12 @@ class Client:
             yield
         except grpc.aio.AioRpcError as exc:
             raise translate(exc, what, address=self._address) from exc
+        except grpc.aio.UsageError as exc:
+            raise Unavailable(
+                f"the connection to containerd was closed before: {what}",
+                reason="DRIVER_UNAVAILABLE",
+                metadata={"call": what, "driver": "containerd"},
+            ) from exc
 
     async def aclose(self) -> None:
         """Close the channel; calls under way are cancelled. Idempotent."""

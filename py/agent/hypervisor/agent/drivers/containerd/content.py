@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 
 import grpc.aio
+import structlog
 from containerd_api.services.content.v1 import content_pb2
 from containerd_api.services.leases.v1 import leases_pb2
 from google.protobuf import field_mask_pb2
@@ -17,6 +18,8 @@ from hypervisor.core.errors import AlreadyExists, HypervisorError, NotFound
 from hypervisor.core.ids import IdSource
 
 __all__ = ["ContentStore"]
+
+_log = structlog.get_logger()
 
 _LEASE_LIFE = timedelta(hours=1)
 """An import that died leaves nothing behind for longer."""
@@ -42,15 +45,20 @@ class ContentStore:
         )
         try:
             yield reply.lease.id
-        finally:
-            # Also when cancelled; the expiry is for the case that containerd cannot be reached now.
-            await asyncio.shield(
-                self._client.call(
-                    self._client.leases.Delete,
-                    leases_pb2.DeleteRequest(id=reply.lease.id),
-                    what="end a lease",
-                )
+        except BaseException:
+            # With `sync` what the failed work made is gone when this returns, and not some time later.
+            await asyncio.shield(self._end_lease(reply.lease.id, sync=True))
+            raise
+        await self._end_lease(reply.lease.id, sync=False)
+
+    async def _end_lease(self, lease: str, *, sync: bool) -> None:
+        try:
+            await self._client.call(
+                self._client.leases.Delete, leases_pb2.DeleteRequest(id=lease, sync=sync), what="end a lease"
             )
+        except HypervisorError as exc:
+            # The work is done or has failed already, and the lease expires by itself.
+            _log.warning("containerd_lease_not_ended", lease=lease, error=str(exc))
 
     async def write(
         self, descriptor: Descriptor, chunks: Iterator[bytes], *, labels: Mapping[str, str], lease: str

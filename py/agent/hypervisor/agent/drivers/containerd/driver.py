@@ -19,7 +19,7 @@ from hypervisor.agent.drivers.containerd.console import ConsoleFifos, FifoConsol
 from hypervisor.agent.drivers.containerd.events import EventFeed, EventHandlers, TaskExit
 from hypervisor.agent.drivers.containerd.images import ImageStore, ResolvedImage
 from hypervisor.agent.drivers.containerd.keyed_locks import KeyedLocks
-from hypervisor.agent.drivers.containerd.labels import Record
+from hypervisor.agent.drivers.containerd.labels import INSTANCE_ID, Record
 from hypervisor.agent.drivers.containerd.observing import (
     TaskPhase,
     TaskState,
@@ -357,7 +357,9 @@ class ContainerdDriver:
                 live = await self._known(event.instance_id)
                 if self._is_of_an_earlier_run(live, event):
                     return None
-                return await self._settle(live, requested=False, seen=event)
+                asked_for = live.record.end is not None and live.record.end.requested
+                observation = await self._settle(live, requested=False, seen=event)
+                return None if asked_for else observation
             except NotFound:
                 return None
             except Unavailable:
@@ -475,7 +477,7 @@ class ContainerdDriver:
 
     async def _adopt(self, instance_id: str) -> Observation | None:
         container = await self._runtime.get_container(instance_id)
-        if container is None:
+        if container is None or INSTANCE_ID not in container.labels:
             return None
         live = self._live.setdefault(instance_id, _Live(self._record_of(container)))
         state = await self._runtime.task_state(instance_id)
@@ -557,7 +559,8 @@ class ContainerdDriver:
 
     async def _container(self, instance_id: str) -> containers_pb2.Container:
         container = await self._runtime.get_container(instance_id)
-        if container is None:
+        # Another program may keep containers in the namespace too: one without our label is none of ours.
+        if container is None or INSTANCE_ID not in container.labels:
             self._live.pop(instance_id, None)
             raise NotFound(
                 f"containerd has no instance {instance_id} in namespace {self._config.namespace}",
@@ -568,11 +571,11 @@ class ContainerdDriver:
 
     def _record_of(self, container: containers_pb2.Container) -> Record:
         try:
-            return Record.from_labels(container.labels)
+            return Record.from_labels(dict(container.labels))
         except ValueError as exc:
             raise FailedPrecondition(
-                f"container {container.id} is not ours or its labels were changed ({exc}): remove it with ctr",
-                reason="CONTAINER_NOT_OURS",
+                f"the labels of container {container.id} were changed ({exc}): remove it with ctr",
+                reason="CONTAINER_UNREADABLE",
                 metadata={"container": container.id},
             ) from exc
 

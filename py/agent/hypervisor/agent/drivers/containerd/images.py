@@ -138,7 +138,7 @@ class ImageStore:
         )
 
     async def _load(self, reference: str, name: str, target: oci.Descriptor) -> ResolvedImage:
-        """Read the image's documents, unpack it and resolve its account."""
+        """Read the documents of an image that containerd has, and unpack it."""
         async with self._content.lease() as lease:
             descriptor = target
             data = await self._content.read(descriptor, image=reference, title="manifest")
@@ -151,16 +151,38 @@ class ImageStore:
             manifest = oci.parse_manifest(reference, data)
             config_data = await self._content.read(manifest.config, image=reference, title="configuration")
             config = oci.parse_config(reference, config_data, layers=len(manifest.layers))
-            diff_ids = config.rootfs.diff_ids
-            await self._unpack(reference, manifest.layers, diff_ids, manifest.config.digest, lease=lease)
-            process = config.config or oci.ProcessConfig()
-            account = await self._account(reference, process.user, oci.chain_ids(diff_ids)[-1], lease=lease)
+            return await self._unpacked(
+                reference,
+                name,
+                digest=target.digest,
+                layers=manifest.layers,
+                diff_ids=config.rootfs.diff_ids,
+                config_digest=manifest.config.digest,
+                process=config.config or oci.ProcessConfig(),
+                lease=lease,
+            )
+
+    async def _unpacked(
+        self,
+        reference: str,
+        name: str,
+        *,
+        digest: str,
+        layers: tuple[oci.Descriptor, ...],
+        diff_ids: tuple[str, ...],
+        config_digest: str,
+        process: oci.ProcessConfig,
+        lease: str,
+    ) -> ResolvedImage:
+        """Unpack an image whose documents are known and resolve its account."""
+        await self._unpack(reference, layers, diff_ids, config_digest, lease=lease)
+        account = await self._account(reference, process.user, oci.chain_ids(diff_ids)[-1], lease=lease)
         return ResolvedImage(
             name=name,
-            digest=target.digest,
-            layers=manifest.layers,
+            digest=digest,
+            layers=layers,
             diff_ids=diff_ids,
-            config_digest=manifest.config.digest,
+            config_digest=config_digest,
             config=process,
             account=account,
         )
@@ -234,11 +256,14 @@ class ImageStore:
         target = image.manifest.descriptor
         async with self._locks.hold(target.digest), self._content.lease() as lease:
             await self._store(reference, archive, image, lease=lease)
-            await self._unpack(
+            resolved = await self._unpacked(
                 reference,
-                tuple(layer.descriptor for layer in image.layers),
-                image.diff_ids,
-                image.config.descriptor.digest,
+                name,
+                digest=target.digest,
+                layers=tuple(layer.descriptor for layer in image.layers),
+                diff_ids=image.diff_ids,
+                config_digest=image.config.descriptor.digest,
+                process=image.process,
                 lease=lease,
             )
             with contextlib.suppress(AlreadyExists):
@@ -255,6 +280,7 @@ class ImageStore:
                     what=f"record image {name}",
                     lease=lease,
                 )
+            self._remember(resolved)
         _log.info("image_imported", image=reference, name=name)
         return name, target
 
