@@ -3,7 +3,7 @@
 import gc
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from hypervisor.ctl import lazygrpc
 
@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 __all__ = ["main", "run"]
 
 
-def main() -> int:
-    """Run with the arguments of the process; returns the exit code."""
+def main() -> NoReturn:
+    """Run with the arguments of the process, and end it with the exit code."""
     # A command ends before a collection could pay: what is imported stays until the end.
     gc.disable()
     lazygrpc.defer()
     code = run(sys.argv[1:])
-    return _flushed(code)
+    _flush()
+    # Connections are closed and output is flushed; taking the interpreter apart would only cost time.
+    os._exit(code)
 
 
 def run(arguments: list[str], *, invocation: "Invocation | None" = None) -> int:
@@ -85,13 +87,13 @@ def _report_interrupt(error: BaseException) -> None:
         print(f"Interrupted; it goes on: hypervisor-ctl operation wait {operation_id}", file=sys.stderr)
 
 
-def _flushed(code: int) -> int:
+def _flush() -> None:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return code
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,8 +1,7 @@
 """Mutating calls on several objects at once: what runs, how it shows, and one exit code for all."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -24,8 +23,7 @@ __all__ = ["Task", "run_tasks", "told"]
 _AT_ONCE = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class Task(NamedTuple):
     """One call: the name it goes by, the method and the request."""
 
     name: str

@@ -2,15 +2,14 @@
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import click
 
 __all__ = ["LazyGroup", "Place"]
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where a command is (``module:attribute`` below hypervisor.ctl.commands) and its line in the help."""
 
     target: str

@@ -10,14 +10,15 @@
         tls: {ca_file: /etc/hypervisor/ca.pem, cert_file: me.pem, key_file: me.key, server_name: lab}
         token_file: ~/.config/hypervisor/lab.token
 
-Relative paths are relative to the file. YAML is imported only where the file exists.
+Relative paths are relative to the file. YAML is imported only where the file exists. Values here are named tuples,
+not dataclasses: those cost half a millisecond each at every start of the program (docs/decisions/0007).
 """
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from hypervisor.core.errors import FieldViolation, InvalidArgument, NotFound
 
@@ -36,8 +37,7 @@ __all__ = [
 DEFAULT_SERVER = "127.0.0.1:50051"
 
 
-@dataclass(frozen=True, slots=True)
-class Tls:
+class Tls(NamedTuple):
     """Files in PEM format. ``ca_file`` None: the system's authorities; ``cert_file`` and ``key_file`` go together."""
 
     ca_file: str | None = None
@@ -47,8 +47,7 @@ class Tls:
     """Name expected in the server's certificate, where it differs from the address."""
 
 
-@dataclass(frozen=True, slots=True)
-class Context:
+class Context(NamedTuple):
     """One server. ``tls`` None: without encryption, for loopback and trusted networks only."""
 
     server: str
@@ -57,13 +56,12 @@ class Context:
     token_file: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(NamedTuple):
     """The whole file; an absent file is an empty one."""
 
     path: Path
     current: str | None = None
-    contexts: Mapping[str, Context] = field(default_factory=dict)
+    contexts: Mapping[str, Context] = MappingProxyType({})
 
     def context(self, name: str) -> Context:
         """The context of that name. NotFound (CONTEXT_NOT_FOUND) lists those there are."""
@@ -78,8 +76,7 @@ class Settings:
         return self.contexts[name]
 
 
-@dataclass(frozen=True, slots=True)
-class Connection:
+class Connection(NamedTuple):
     """Where to and how, after flags, environment and contexts have been weighed."""
 
     server: str
@@ -165,8 +162,7 @@ def resolve(
         token = _read_token(base / Path(chosen.token_file).expanduser())
     tls = chosen.tls
     if tls is not None:
-        tls = replace(
-            tls,
+        tls = tls._replace(
             **{
                 key: str(base / Path(value).expanduser())
                 for key in ("ca_file", "cert_file", "key_file")
@@ -195,7 +191,7 @@ def _invalid(path: Path, problems: tuple[FieldViolation, ...]) -> InvalidArgumen
 def _plain(context: Context) -> dict[str, Any]:
     document: dict[str, Any] = {"server": context.server}
     if context.tls is not None:
-        document["tls"] = {f.name: v for f in fields(Tls) if (v := getattr(context.tls, f.name)) is not None}
+        document["tls"] = {key: value for key, value in context.tls._asdict().items() if value is not None}
     for key in ("token", "token_file"):
         if getattr(context, key) is not None:
             document[key] = getattr(context, key)
@@ -224,7 +220,7 @@ class _Reader:
         keys = self._mapping(where, document, ("server", "tls", "token", "token_file"))
         tls: Tls | None = None
         if keys.get("tls") is not None:
-            files = self._mapping(f"{where}.tls", keys["tls"], tuple(f.name for f in fields(Tls)))
+            files = self._mapping(f"{where}.tls", keys["tls"], Tls._fields)
             tls = Tls(**{key: self._text(f"{where}.tls.{key}", value) for key, value in files.items()})
             if (tls.cert_file is None) != (tls.key_file is None):
                 self._wrong(f"{where}.tls", "cert_file and key_file go together: give both or neither")

@@ -283,8 +283,6 @@ def _print_yaml(event: Event) -> None:
 
 def watch_instances(invocation: Invocation, wanted: "Wanted") -> None:
     """``instance list --watch``."""
-    import dataclasses
-
     from hypervisor.ctl.commands.instance_views import hostnames_of
     from hypervisor.ctl.display.columns import instance_columns
     from hypervisor.ctl.paging import joined
@@ -299,7 +297,7 @@ def watch_instances(invocation: Invocation, wanted: "Wanted") -> None:
         return instance_columns(now_s(), hostnames)
 
     def narrowed(object_id: str) -> Fetch[Instance]:
-        return dataclasses.replace(wanted, filter=joined([wanted.filter, f"id={object_id}"])).fetch
+        return wanted._replace(filter=joined([wanted.filter, f"id={object_id}"])).fetch
 
     plain = not wanted.filter and not wanted.sort and wanted.limit is None
     run_watch(

@@ -1,6 +1,5 @@
 """``context``: list, use, set, delete, show."""
 
-import dataclasses
 import json
 
 import click
@@ -71,7 +70,7 @@ def use(invocation: Invocation, *, name: str) -> None:
     """Make a context the current one."""
     known = _load(invocation)
     known.context(name)
-    settings.save(dataclasses.replace(known, current=name))
+    settings.save(known._replace(current=name))
     note(f"Using context {name}.")
 
 
@@ -119,7 +118,7 @@ def set_context(
     kept = before.tls if before is not None else None
     wanted = None if tls is False else kept
     if given or tls:
-        wanted = dataclasses.replace(kept or settings.Tls(), **given)
+        wanted = kept or settings.Tls()._replace(**given)
     if wanted is not None and (wanted.cert_file is None) != (wanted.key_file is None):
         raise click.UsageError("--cert-file and --key-file go together")
     made = settings.Context(
@@ -129,7 +128,7 @@ def set_context(
         token_file=_absolute(token_file) or (before.token_file if before is not None and not token else None),
     )
     current = name if use_it or known.current is None else known.current
-    settings.save(dataclasses.replace(known, current=current, contexts={**known.contexts, name: made}))
+    settings.save(known._replace(current=current, contexts={**known.contexts, name: made}))
     note(
         f"Context {name} {'made' if before is None else 'changed'}{' and in use' if current == name else ''}."
     )
@@ -144,7 +143,7 @@ def delete(invocation: Invocation, *, name: str) -> None:
     known.context(name)
     rest = {key: value for key, value in known.contexts.items() if key != name}
     current = None if known.current == name else known.current
-    settings.save(dataclasses.replace(known, current=current, contexts=rest))
+    settings.save(known._replace(current=current, contexts=rest))
     note(f"Context {name} deleted.")
 
 
@@ -173,7 +172,7 @@ def _public(chosen: settings.Context) -> dict[str, object]:
     """The context as it may be shown: whether it has a token, not which."""
     shown: dict[str, object] = {"server": chosen.server, "tls": chosen.tls is not None}
     if chosen.tls is not None:
-        shown |= {key: value for key, value in dataclasses.asdict(chosen.tls).items() if value is not None}
+        shown |= {key: value for key, value in chosen.tls._asdict().items() if value is not None}
     shown["token"] = bool(chosen.token or chosen.token_file)
     if chosen.token_file:
         shown["token_file"] = chosen.token_file

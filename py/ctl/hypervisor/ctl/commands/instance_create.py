@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from hypervisor.core.errors import FieldViolation, InvalidArgument
 from hypervisor.ctl import quantities
@@ -23,6 +24,23 @@ if TYPE_CHECKING:
 __all__ = ["create"]
 
 T = TypeVar("T")
+_DESCRIBING = frozenset(
+    (
+        "name",
+        "command",
+        "kind",
+        "image",
+        "cpu",
+        "memory",
+        "disk",
+        "env",
+        "labels",
+        "workdir",
+        "pids",
+        "kernel",
+    )
+    + ("initrd", "kernel_args", "node", "selector", "placement", "stopped")
+)
 
 
 @click.command("create")
@@ -46,7 +64,7 @@ T = TypeVar("T")
 @click.option("-e", "--env", metavar="KEY=VALUE", multiple=True, help="Environment variable; repeatable.")
 @click.option("-l", "--label", "labels", metavar="KEY=VALUE", multiple=True, help="Label; repeatable.")
 @click.option("--workdir", metavar="PATH", default="", help="Working directory of the container.")
-@click.option("--pids", metavar="N", type=int, default=0, help="Most processes and threads. Default: 4096.")
+@click.option("--pids", metavar="N", type=int, help="Most processes and threads. Default: 4096.")
 @click.option("--kernel", metavar="PATH", default="", help="vm, microvm: kernel on the node.")
 @click.option("--initrd", metavar="PATH", default="", help="vm, microvm: initial RAM disk on the node.")
 @click.option("--kernel-args", metavar="TEXT", default="", help="vm, microvm: kernel command line.")
@@ -81,7 +99,7 @@ def create(
     env: Sequence[str],
     labels: Sequence[str],
     workdir: str,
-    pids: int,
+    pids: int | None,
     kernel: str,
     initrd: str,
     kernel_args: str,
@@ -101,16 +119,8 @@ def create(
     hypervisor-ctl instance create web --image docker.io/library/busybox:1.36 --cpu 0.5 -- httpd -f
     hypervisor-ctl instance create -f instances.yaml
     """
-    described = (
-        *("--type", kind), *("--image", image), *("--cpu", cpu), *("--memory", memory), *("--disk", disk),
-        *("--env", env), *("--label", labels), *("--workdir", workdir), *("--pids", pids), *("--kernel", kernel),
-        *("--initrd", initrd), *("--kernel-args", kernel_args), *("--node", node), *("--selector", selector),
-        *("--placement", placement), *("--stopped", stopped), *("NAME", name), *("COMMAND", command),
-    )  # fmt: skip
     if file is not None:
-        given = [str(option) for option, value in zip(described[::2], described[1::2], strict=True) if value]
-        if given:
-            raise click.UsageError(f"--file describes everything: leave out {', '.join(given)}")
+        _refuse_description(click.get_current_context())
         instances = _from_file(file, project)
     else:
         if not name:
@@ -124,18 +134,19 @@ def create(
         )
         spec = instance.spec
         spec.image = image or ""
-        spec.cpu_cores = (
-            collected.take(lambda: quantities.cpu_cores("spec.cpu_cores", cpu), 0.0) if cpu else 0.0
-        )
-        spec.memory_mb = (
-            collected.take(lambda: quantities.whole_mib("spec.memory_mb", memory), 0) if memory else 0
-        )
-        spec.disk_gb = collected.take(lambda: quantities.whole_gib("spec.disk_gb", disk), 0) if disk else 0
+        # An amount that is not given stays absent: the server has the defaults.
+        if cpu is not None:
+            spec.cpu_cores = collected.take(partial(quantities.cpu_cores, "spec.cpu_cores", cpu), 0.0)
+        if memory is not None:
+            spec.memory_mb = collected.take(partial(quantities.whole_mib, "spec.memory_mb", memory), 0)
+        if disk is not None:
+            spec.disk_gb = collected.take(partial(quantities.whole_gib, "spec.disk_gb", disk), 0)
+        if pids is not None:
+            spec.pids_limit = pids
         spec.env.update(collected.pairs("spec.env", env))
         spec.command.extend(command)
         spec.working_dir, spec.node = workdir, node
         spec.kernel_path, spec.initrd_path, spec.kernel_args = kernel, initrd, kernel_args
-        spec.pids_limit = pids
         for text in selector:
             spec.node_selector.extend(collected.take(partial(_constraints, text), ()))
         if placement:
@@ -154,6 +165,17 @@ def create(
         for instance in instances
     ]
     run_tasks(invocation, tasks, done="created", tell=_told_plan if dry_run else _told_created)
+
+
+def _refuse_description(ctx: click.Context) -> None:
+    """With a file, nothing else may describe the instance."""
+    given = [
+        param.opts[-1] if isinstance(param, click.Option) else param.human_readable_name
+        for param in ctx.command.params
+        if param.name in _DESCRIBING and ctx.get_parameter_source(param.name) is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise click.UsageError(f"--file describes everything: leave out {', '.join(given)}")
 
 
 class _Problems:

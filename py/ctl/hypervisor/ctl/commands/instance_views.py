@@ -1,8 +1,7 @@
 """``instance list`` and ``instance get``."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
@@ -24,8 +23,7 @@ __all__ = ["get_instance", "hostnames_of", "list_instances"]
 _MOST_SINGLE_LOOKUPS = 20
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(NamedTuple):
     """What a list of instances is about."""
 
     filter: str

@@ -5,8 +5,7 @@ Control characters are shown escaped, so that text from elsewhere cannot drive t
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 __all__ = ["Column", "cell_width", "cut", "harmless", "layout", "render"]
 
@@ -15,8 +14,7 @@ _GAP = "   "
 _NARROWEST = 6
 
 
-@dataclass(frozen=True, slots=True)
-class Column(Generic[T]):
+class Column(NamedTuple, Generic[T]):
     """One column: its heading, the text of a row, where it is shown and whether it may be cut."""
 
     heading: str
