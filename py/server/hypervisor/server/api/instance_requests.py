@@ -1,0 +1,269 @@
+"""Requests of ComputeService, checked and turned into domain values. Pure; every wrong field is reported at once."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from hypervisor.core.ids import is_id
+from hypervisor.core.model import ConsoleSize, InstanceSpec
+from hypervisor.core.names import check_dns_label, check_labels, shorten
+from hypervisor.core.states import DesiredState, InstanceType
+from hypervisor.server.api.violations import MAX_OBJECT_NAME, Violations
+from hypervisor.server.services import InstanceDraft, InstanceRef, StopOptions
+from hypervisor.v1 import compute_pb2, instance_pb2
+from hypervisor.wire.enums import DESIRED_STATE, INSTANCE_TYPE, LABEL_OPERATOR, PLACEMENT_POLICY
+from hypervisor.wire.instances import spec_from_wire
+
+__all__ = ["InstanceRequest", "console_size", "draft_of", "ref_of", "stats_interval", "stop_options"]
+
+MAX_GRACE_S = 3600.0
+DEFAULT_GRACE_S = 10.0
+DEFAULT_INTERVAL_S = 1.0
+
+_MAX_CPU_CORES = 1024
+_MEMORY_MB = (4, 16_777_216)
+_DISK_GB = (0, 1_048_576)
+_PIDS = (1, 4_194_304)
+_MAX_WORDS = 1024
+_MAX_TEXT_BYTES = 128 << 10
+_MAX_IMAGE_BYTES = 1024
+_MAX_PATH_BYTES = 4095
+_MAX_KERNEL_ARGS_BYTES = 2048
+_MAX_CONSTRAINTS = 32
+_MAX_CONSTRAINT_VALUES = 64
+
+_OUTPUT_ONLY = (
+    "id",
+    "status",
+    "node_id",
+    "stats",
+    "created_at",
+    "started_at",
+    "status_reason",
+    "status_message",
+    "exit_code",
+    "finished_at",
+    "generation",
+    "epoch",
+    "resource_version",
+    "operation_id",
+    "runtime",
+    "updated_at",
+)
+_MACHINE_FIELDS = ("kernel_path", "initrd_path", "kernel_args")
+_CONTAINER_FIELDS = ("command", "env", "working_dir", "pids_limit")
+
+InstanceRequest = (
+    compute_pb2.GetInstanceRequest
+    | compute_pb2.StartInstanceRequest
+    | compute_pb2.StopInstanceRequest
+    | compute_pb2.DeleteInstanceRequest
+    | compute_pb2.RestartInstanceRequest
+    | compute_pb2.GetInstanceStatsRequest
+    | compute_pb2.WatchInstanceStatsRequest
+    | instance_pb2.ConsoleInput.Open
+)
+"""Requests that name one instance that exists."""
+
+
+def draft_of(request: compute_pb2.CreateInstanceRequest) -> InstanceDraft:
+    """The instance asked for. InvalidArgument with every wrong field."""
+    wrong = Violations()
+    wrong.request_id(request.request_id)
+    if not request.HasField("instance"):
+        wrong.add("instance", "is required: give name, type and spec")
+        wrong.check()
+    instance = request.instance
+    wrong.extend(check_dns_label("instance.name", instance.name))
+    if is_id(instance.name, "i"):
+        wrong.add("instance.name", "looks like the id of an instance: choose another name")
+    kind = INSTANCE_TYPE.from_wire(instance.type)
+    if kind is None:
+        known = ", ".join(member.value for member in InstanceType)
+        wrong.add("instance.type", f"is required: give one of {known}")
+    project = wrong.project("instance.project", instance.project)
+    desired = DESIRED_STATE.from_wire(instance.desired_state)
+    if desired is DesiredState.DELETED or (desired is None and instance.desired_state != 0):
+        wrong.add("instance.desired_state", "must be RUNNING or STOPPED")
+    wrong.extend(*check_labels("instance.labels", instance.labels))
+    wrong.output_only(instance, _OUTPUT_ONLY, "instance.")
+    spec: InstanceSpec | None = None
+    if instance.HasField("spec"):
+        _check_spec(wrong, instance.spec, kind)
+    else:
+        wrong.add("instance.spec", "is required: say at least which image to run")
+    wrong.check()
+    assert kind is not None
+    spec = spec_from_wire(instance.spec)
+    return InstanceDraft(
+        name=instance.name,
+        project=project,
+        type=kind,
+        spec=spec,
+        labels=dict(instance.labels),
+        desired=desired or DesiredState.RUNNING,
+    )
+
+
+def _check_spec(wrong: Violations, spec: instance_pb2.InstanceSpec, kind: InstanceType | None) -> None:
+    at = "instance.spec."
+    _check_sizes(wrong, spec, at)
+    _check_image(wrong, spec, kind, at)
+    if kind is InstanceType.CONTAINER:
+        _refuse_fields(wrong, spec, _MACHINE_FIELDS, at, "is for vm and microvm only: remove it")
+    elif kind is not None:
+        _refuse_fields(wrong, spec, _CONTAINER_FIELDS, at, "is for containers only: remove it")
+    _check_path(wrong, f"{at}kernel_path", spec.kernel_path)
+    _check_path(wrong, f"{at}initrd_path", spec.initrd_path)
+    _check_path(wrong, f"{at}working_dir", spec.working_dir)
+    wrong.text(f"{at}kernel_args", spec.kernel_args, max_bytes=_MAX_KERNEL_ARGS_BYTES)
+    if not spec.kernel_path and kind is not InstanceType.CONTAINER:
+        for name in ("initrd_path", "kernel_args"):
+            if getattr(spec, name):
+                wrong.add(f"{at}{name}", f"needs {at}kernel_path: give it, or remove {name}")
+    _check_command(wrong, spec.command, at)
+    _check_env(wrong, spec.env, at)
+    _check_selector(wrong, spec.node_selector, at)
+    if spec.placement_policy != 0 and PLACEMENT_POLICY.from_wire(spec.placement_policy) is None:
+        wrong.add(f"{at}placement_policy", "is not known: use SPREAD or BINPACK, or leave it empty")
+    if len(spec.node) > MAX_OBJECT_NAME:
+        wrong.add(f"{at}node", f"is {len(spec.node)} characters long: give a node's id or host name")
+
+
+def _check_sizes(wrong: Violations, spec: instance_pb2.InstanceSpec, at: str) -> None:
+    cores = spec.cpu_cores
+    if spec.HasField("cpu_cores") and not (math.isfinite(cores) and 0.001 <= cores <= _MAX_CPU_CORES):
+        wrong.add(f"{at}cpu_cores", f"is {cores:g}: use 0.001 to {_MAX_CPU_CORES}, or leave it out for 1")
+    if spec.HasField("memory_mb"):
+        wrong.whole(f"{at}memory_mb", spec.memory_mb, low=_MEMORY_MB[0], high=_MEMORY_MB[1])
+    wrong.whole(f"{at}disk_gb", spec.disk_gb, low=_DISK_GB[0], high=_DISK_GB[1])
+    if spec.HasField("pids_limit"):
+        wrong.whole(f"{at}pids_limit", spec.pids_limit, low=_PIDS[0], high=_PIDS[1])
+
+
+def _check_image(
+    wrong: Violations, spec: instance_pb2.InstanceSpec, kind: InstanceType | None, at: str
+) -> None:
+    size = len(spec.image.encode())
+    if size > _MAX_IMAGE_BYTES:
+        wrong.add(f"{at}image", f"is {size} bytes long: use at most {_MAX_IMAGE_BYTES}")
+    elif not spec.image.isprintable() or " " in spec.image:
+        wrong.add(f"{at}image", f"{shorten(spec.image)} has spaces or characters that cannot be printed")
+    elif not spec.image and kind is InstanceType.CONTAINER:
+        wrong.add(
+            f"{at}image",
+            "is required: give a reference such as docker.io/library/busybox:1.36, or oci-archive:/path/on/the/node",
+        )
+    elif not spec.image and not spec.kernel_path and kind is not None:
+        wrong.add(f"{at}image", f"is required unless {at}kernel_path is given: say what to boot")
+
+
+def _refuse_fields(
+    wrong: Violations, spec: instance_pb2.InstanceSpec, names: tuple[str, ...], at: str, why: str
+) -> None:
+    present = {field.name for field, _ in spec.ListFields()}
+    for name in names:
+        if name in present:
+            wrong.add(f"{at}{name}", why)
+
+
+def _check_path(wrong: Violations, field: str, path: str) -> None:
+    if not path:
+        return
+    if len(path.encode()) > _MAX_PATH_BYTES:
+        wrong.add(field, f"is {len(path.encode())} bytes long: use at most {_MAX_PATH_BYTES}")
+    elif not path.startswith("/"):
+        wrong.add(field, f"{shorten(path)} is not an absolute path: begin with '/'")
+    elif not path.isprintable() or ".." in path.split("/"):
+        wrong.add(field, f"{shorten(path)} has '..' or characters that cannot be printed: write it plainly")
+
+
+def _check_command(wrong: Violations, command: Sequence[str], at: str) -> None:
+    size = sum(len(word.encode()) for word in command)
+    if len(command) > _MAX_WORDS:
+        wrong.add(f"{at}command", f"has {len(command)} words: use at most {_MAX_WORDS}")
+    elif size > _MAX_TEXT_BYTES:
+        wrong.add(f"{at}command", f"is {size} bytes long: use at most {_MAX_TEXT_BYTES}")
+    elif any("\0" in word for word in command):
+        wrong.add(f"{at}command", "has a NUL character: remove it")
+    elif command and not command[0]:
+        wrong.add(f"{at}command", "begins with an empty word: give the program to run")
+
+
+def _check_env(wrong: Violations, env: Mapping[str, str], at: str) -> None:
+    size = sum(len(key.encode()) + len(value.encode()) for key, value in env.items())
+    if len(env) > _MAX_WORDS:
+        wrong.add(f"{at}env", f"has {len(env)} variables: use at most {_MAX_WORDS}")
+        return
+    if size > _MAX_TEXT_BYTES:
+        wrong.add(f"{at}env", f"is {size} bytes long: use at most {_MAX_TEXT_BYTES}")
+        return
+    for key, value in env.items():
+        if not key or "=" in key or "\0" in key:
+            wrong.add(
+                f"{at}env", f"{shorten(key)} is not the name of a variable: it must not be empty or have '='"
+            )
+        elif "\0" in value:
+            wrong.add(f"{at}env", f"the value of {shorten(key)} has a NUL character: remove it")
+
+
+def _check_selector(wrong: Violations, constraints: Sequence[instance_pb2.LabelConstraint], at: str) -> None:
+    if len(constraints) > _MAX_CONSTRAINTS:
+        wrong.add(f"{at}node_selector", f"has {len(constraints)} conditions: use at most {_MAX_CONSTRAINTS}")
+        return
+    for index, constraint in enumerate(constraints):
+        field = f"{at}node_selector[{index}]"
+        exists = constraint.operator == instance_pb2.LabelConstraint.OPERATOR_EXISTS
+        if not constraint.key:
+            wrong.add(f"{field}.key", "is required: give the label of nodes to look at")
+        else:
+            wrong.extend(*check_labels(f"{field}.key", {constraint.key: ""}))
+        if constraint.operator != 0 and LABEL_OPERATOR.from_wire(constraint.operator) is None:
+            wrong.add(f"{field}.operator", "is not known: use IN, NOT_IN or EXISTS")
+        if exists and constraint.values:
+            wrong.add(f"{field}.values", "must be empty for EXISTS")
+        if not exists and not 1 <= len(constraint.values) <= _MAX_CONSTRAINT_VALUES:
+            wrong.add(
+                f"{field}.values",
+                f"has {len(constraint.values)} values: give 1 to {_MAX_CONSTRAINT_VALUES}, or use EXISTS",
+            )
+            continue
+        for value in constraint.values:
+            wrong.label_value(f"{field}.values", value)
+
+
+def ref_of(request: InstanceRequest, *, prefix: str = "", wrong: Violations | None = None) -> InstanceRef:
+    """The instance named. InvalidArgument with every wrong field, unless ``wrong`` collects them."""
+    found = wrong or Violations()
+    ref = InstanceRef(
+        instance=found.object_name(f"{prefix}instance", request.instance, "id or name of an instance"),
+        project=found.project(f"{prefix}project", request.project),
+        resource_version=found.resource_version(getattr(request, "resource_version", 0)),
+    )
+    if wrong is None:
+        found.check()
+    return ref
+
+
+def stop_options(
+    wrong: Violations, options: instance_pb2.StopOptions, *, default_s: float = DEFAULT_GRACE_S
+) -> StopOptions:
+    """How to stop; ``default_s`` where no grace period is given."""
+    grace_s = default_s
+    if options.HasField("grace_period"):
+        grace_s = wrong.seconds("stop.grace_period", options.grace_period, at_least=0.0, at_most=MAX_GRACE_S)
+    return StopOptions(grace_s=0.0 if options.force else grace_s)
+
+
+def stats_interval(request: compute_pb2.WatchInstanceStatsRequest, wrong: Violations) -> float:
+    """Seconds between samples."""
+    if not request.HasField("interval"):
+        return DEFAULT_INTERVAL_S
+    return wrong.seconds("interval", request.interval, at_least=0.1, at_most=3600.0)
+
+
+def console_size(field: str, size: instance_pb2.ConsoleInput.Resize, wrong: Violations) -> ConsoleSize:
+    """The size of a viewer's terminal."""
+    return ConsoleSize(
+        wrong.whole(f"{field}.width", size.width, low=1, high=10_000),
+        wrong.whole(f"{field}.height", size.height, low=1, high=10_000),
+    )
