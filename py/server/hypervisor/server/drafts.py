@@ -93,11 +93,11 @@ class Batch:
 
     def admit(self, draft: "Draft") -> bool:
         """Take the decision's writes in; False when there is no room left for them (commit first)."""
-        compares = self._compares.keys() | draft.compares.keys()
-        writes = self._writes.keys() | draft.writes.keys()
+        compares = len(self._compares) + sum(path not in self._compares for path in draft.compares)
+        writes = len(self._writes) + sum(path not in self._writes for path in draft.writes)
         added = sum(len(path) + _ENTRY_BYTES + len(w.data) for path, w in draft.writes.items())
         added += sum(2 * len(path) + _ENTRY_BYTES for path in draft.compares)
-        full = max(len(compares), len(writes)) > MAX_OPERATIONS or self._bytes + added > MAX_COMMIT_BYTES
+        full = max(compares, writes) > MAX_OPERATIONS or self._bytes + added > MAX_COMMIT_BYTES
         if full and self.decisions:
             return False
         self._compares.update(draft.compares)

@@ -88,10 +88,14 @@ class ResourcesFit:
     """Capacity less what is reserved suffices."""
 
     def reason_against(self, request: Request, state: NodeState) -> str | None:
-        free = state.free
-        if request.resources.fits_in(free):
+        wanted, reserved, capacity = request.resources, state.reserved, state.node.capacity
+        if (
+            wanted.cpu_millis <= capacity.cpu_millis - reserved.cpu_millis
+            and wanted.memory_bytes <= capacity.memory_bytes - reserved.memory_bytes
+            and wanted.disk_bytes <= capacity.disk_bytes - reserved.disk_bytes
+        ):
             return None
-        return shortage(request.resources, free, state.node.capacity)
+        return shortage(wanted, state.free, capacity)
 
 
 class Utilisation:
@@ -101,16 +105,16 @@ class Utilisation:
     """
 
     def score(self, request: Request, state: NodeState) -> float:
-        capacity, after = state.node.capacity, state.reserved + request.resources
-        shares = [
-            used / total
-            for used, total in (
-                (after.cpu_millis, capacity.cpu_millis),
-                (after.memory_bytes, capacity.memory_bytes),
-            )
-            if total
-        ]
-        share = 100.0 * sum(shares) / len(shares) if shares else 0.0
+        # Every placement scores every node that fits: plain arithmetic, no objects.
+        node, wanted, reserved = state.node, request.resources, state.reserved
+        total, counted = 0.0, 0
+        if node.capacity.cpu_millis:
+            total += (reserved.cpu_millis + wanted.cpu_millis) / node.capacity.cpu_millis
+            counted += 1
+        if node.capacity.memory_bytes:
+            total += (reserved.memory_bytes + wanted.memory_bytes) / node.capacity.memory_bytes
+            counted += 1
+        share = 100.0 * total / counted if counted else 0.0
         return share if request.policy is PlacementPolicy.BINPACK else 100.0 - share
 
 
