@@ -1,6 +1,5 @@
 """The Driver contract, kept by the fake driver."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,5 +44,5 @@ class FakeBench:
 
 class TestFakeDriver(DriverContract):
     @pytest.fixture
-    def bench(self, tmp_path: Path) -> Iterator[FakeBench]:
-        yield FakeBench(tmp_path / "fake")
+    def bench(self, tmp_path: Path) -> FakeBench:
+        return FakeBench(tmp_path / "fake")

@@ -13,7 +13,7 @@ async def until(probe: Callable[[], T], *, what: str, timeout_s: float = 10.0) -
     """The first true result of ``probe``; AssertionError after ``timeout_s``."""
     try:
         async with asyncio.timeout(timeout_s):
-            while not (result := probe()):
+            while not (result := probe()):  # noqa: ASYNC110 - not every condition has an event
                 await asyncio.sleep(0.005)
             return result
     except TimeoutError:

@@ -1,6 +1,7 @@
 """A node's manager over the fake driver and a real journal, without gRPC: what most agent tests need."""
 
 import asyncio
+import os
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -96,7 +97,7 @@ async def node_under_test(
 ) -> AsyncIterator[NodeUnderTest]:
     """A node that has started. Leaving the context is a crash: nothing is finished or cleaned up but the tasks."""
     clock = SystemClock()
-    directory.mkdir(parents=True, exist_ok=True)
+    os.makedirs(directory, exist_ok=True)
     fake = driver or FakeDriver(FakeConfig(state_dir=directory / "fake"), clock=clock)
     rng = random.Random(1)
     async with Journal(directory / "journal", disk=disk) as journal:

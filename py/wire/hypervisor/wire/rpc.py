@@ -208,7 +208,7 @@ class Dispatcher:
             (True, False): grpc.stream_unary_rpc_method_handler,
             (True, True): grpc.stream_stream_rpc_method_handler,
         }[method.client_streaming, method.server_streaming]
-        made: "grpc.RpcMethodHandler[Any, Any]" = make(
+        made: grpc.RpcMethodHandler[Any, Any] = make(
             self._guard(method, body), request_deserializer=_decoder(method), response_serializer=_encode
         )
         return made
@@ -268,8 +268,7 @@ class Dispatcher:
                         "rpc", method=name, code=code, principal=call.principal, ms=round(elapsed * 1000, 3)
                     )
             status = to_status(error)
-            trailers: list[tuple[str, str | bytes]] = [(REQUEST_ID_KEY, call.request_id)]
-            trailers.extend(trailing_metadata(status))
+            trailers = ((REQUEST_ID_KEY, call.request_id), *trailing_metadata(status))
             await context.abort(code_of(error), status.message, trailers)
             raise AssertionError("abort returned")
 
