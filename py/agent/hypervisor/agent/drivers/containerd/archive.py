@@ -172,11 +172,12 @@ class Archive:
             self._fail("the archive is compressed: give it as a plain .tar file")
         found: dict[str, tuple[int, int]] = {}
         try:
+            # From the beginning: the descriptor's offset is wherever an earlier look left it.
+            os.lseek(self._fd, 0, os.SEEK_SET)
             with (
                 open(self._fd, "rb", closefd=False) as file,
                 tarfile.open(fileobj=file, mode="r:", errorlevel=2) as archive,
             ):
-                file.seek(0)
                 for count, member in enumerate(archive):
                     if count >= _MAX_MEMBERS:
                         self._fail(f"the archive has more than {_MAX_MEMBERS} members")
