@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -27,8 +26,9 @@ NOT_AT_RUN_TIME = (
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("release")
-    with tarfile.open(os.environ["HYPERVISOR_RELEASE"]) as tar:
-        tar.extractall(directory, filter="data")
+    # By tar: Debian 12's tarfile (3.11.2) has no extraction filters yet.
+    command = ["tar", "-xzf", os.environ["HYPERVISOR_RELEASE"], "-C", str(directory)]
+    subprocess.run(command, check=True, timeout=120)
     return directory / "hypervisor"
 
 

@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import tarfile
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -36,8 +35,9 @@ def free_port() -> int:
 
 def unpack_release(directory: Path) -> Path:
     """Unpack the tarball named by HYPERVISOR_RELEASE; returns its directory with bin/ in it."""
-    with tarfile.open(os.environ["HYPERVISOR_RELEASE"]) as tarball:
-        tarball.extractall(directory, filter="data")
+    # By tar: Debian 12's tarfile (3.11.2) has no extraction filters yet.
+    command = ["tar", "-xzf", os.environ["HYPERVISOR_RELEASE"], "-C", str(directory)]
+    subprocess.run(command, check=True, timeout=120)
     return next(path.parent.parent for path in sorted(directory.glob("**/bin/hypervisor-ctl")))
 
 

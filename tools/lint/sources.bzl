@@ -15,6 +15,7 @@ LINTED_PACKAGES = [
     "//tests/contract",
     "//tests/e2e",
     "//tests/fault",
+    "//tests/fault/store",
     "//tests/integration",
     "//tests/property",
     "//tests/support",
