@@ -75,7 +75,7 @@ def parse_manifest(text: str, source: str) -> list[Instance]:
     if not instances and not reader.problems:
         reader.wrong(1, "", "holds no instance: give at least name, type and spec")
     if reader.problems:
-        lines = "; ".join(f"{v.field} {v.description}" for v in reader.problems)
+        lines = "; ".join(f"{v.field}: {v.description}" for v in reader.problems)
         raise InvalidArgument(
             lines, reason="MANIFEST_INVALID", metadata={"file": source}, violations=tuple(reader.problems)
         )
@@ -91,7 +91,7 @@ class _Reader:
 
     def wrong(self, line: int, key: str, description: str) -> None:
         where = f"{self.source}:{line}: {key}".rstrip(": ") if line else self.source
-        self.problems.append(FieldViolation(where + ":", description))
+        self.problems.append(FieldViolation(where, description))
 
     def instance(self, node: yaml.Node) -> Instance:
         instance = Instance()

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["create"]
 
 T = TypeVar("T")
+
 _DESCRIBING = frozenset(
-    (
+    {
         "name",
         "command",
         "kind",
@@ -38,8 +39,13 @@ _DESCRIBING = frozenset(
         "workdir",
         "pids",
         "kernel",
-    )
-    + ("initrd", "kernel_args", "node", "selector", "placement", "stopped")
+        "initrd",
+        "kernel_args",
+        "node",
+        "selector",
+        "placement",
+        "stopped",
+    }
 )
 
 
