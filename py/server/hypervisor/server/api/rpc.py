@@ -204,7 +204,7 @@ class Dispatcher:
             self._cut_off.add(task)
             task.cancel()
 
-    def _method(self, method: MethodDescriptor, handler: Handler) -> grpc.RpcMethodHandler[Any, Any]:
+    def _method(self, method: MethodDescriptor, handler: Handler) -> "grpc.RpcMethodHandler[Any, Any]":
         body = _stream_body(handler) if method.server_streaming else _single_body(handler)
         make = {
             (False, False): grpc.unary_unary_rpc_method_handler,
@@ -271,8 +271,10 @@ class Dispatcher:
                         "rpc", method=name, code=code, principal=call.principal, ms=round(elapsed * 1000, 3)
                     )
             status = to_status(error)
-            trailers: list[tuple[str, str | bytes]] = [(REQUEST_ID_KEY, call.request_id)]
-            trailers.extend(trailing_metadata(status))
+            trailers: tuple[tuple[str, str | bytes], ...] = (
+                *trailing_metadata(status),
+                (REQUEST_ID_KEY, call.request_id),
+            )
             await context.abort(code_of(error), status.message, trailers)
             raise AssertionError("abort returned")
 
