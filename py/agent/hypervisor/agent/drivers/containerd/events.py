@@ -5,10 +5,12 @@ listing is taken is proven by an event of our own: it is published until it come
 """
 
 import asyncio
+import contextlib
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
+from typing import NoReturn
 
 import grpc.aio
 import structlog
@@ -69,7 +71,7 @@ class EventFeed(AsyncIterator[Observation]):
         self._namespace = namespace
         self._clock = clock
         self._rng = rng
-        self._queue: asyncio.Queue[Observation] = asyncio.Queue(_QUEUE)
+        self._queue: asyncio.Queue[Observation | None] = asyncio.Queue(_QUEUE)
         self._pump: asyncio.Task[None] | None = None
 
     def __aiter__(self) -> "EventFeed":
@@ -78,20 +80,22 @@ class EventFeed(AsyncIterator[Observation]):
     async def __anext__(self) -> Observation:
         if self._pump is None:
             self._pump = asyncio.create_task(self._run(), name="containerd-events")
-        if self._queue.empty() and not self._pump.done():
-            getter = asyncio.ensure_future(self._queue.get())
-            try:
-                await asyncio.wait({getter, self._pump}, return_when=asyncio.FIRST_COMPLETED)
-                if getter.done():
-                    return getter.result()
-            finally:
-                getter.cancel()
-        if not self._queue.empty():
-            return self._queue.get_nowait()
-        if self._pump.cancelled():
-            raise StopAsyncIteration
-        # It runs for ever: that it ended is a defect, to be seen by the consumer.
-        self._pump.result()
+            self._pump.add_done_callback(self._wake_consumer)
+        if self._pump.done() and self._queue.empty():
+            return self._finish(self._pump)
+        observation = await self._queue.get()
+        return self._finish(self._pump) if observation is None else observation
+
+    def _wake_consumer(self, _: "asyncio.Task[None]") -> None:
+        # On a full queue nobody waits, and the end is seen when it is empty.
+        with contextlib.suppress(asyncio.QueueFull):
+            self._queue.put_nowait(None)
+
+    @staticmethod
+    def _finish(pump: "asyncio.Task[None]") -> NoReturn:
+        if not pump.cancelled():
+            # It runs for ever: that it ended is a defect, for the consumer to see.
+            pump.result()
         raise StopAsyncIteration
 
     async def aclose(self) -> None:
@@ -102,17 +106,22 @@ class EventFeed(AsyncIterator[Observation]):
 
     async def _run(self) -> None:
         delays = _BACKOFF.delays(self._rng)
+        told = ""
         while True:
             synced = asyncio.Event()
             try:
                 await self._follow(synced)
             except* HypervisorError as failures:
-                _log.warning("containerd_events_interrupted", error=str(_first_leaf(failures)))
+                error = str(_first_leaf(failures))
             if synced.is_set():
-                delays = _BACKOFF.delays(self._rng)
+                delays, told = _BACKOFF.delays(self._rng), ""
+            if error != told:
+                # Once, and not at every attempt of an outage.
+                _log.warning("containerd_events_interrupted", error=error)
+                told = error
             await self._clock.sleep(next(delays))
 
-    async def _follow(self, synced: asyncio.Event) -> None:
+    async def _follow(self, synced: asyncio.Event) -> NoReturn:
         """One connection: subscribe, prove it, list, then handle events until the stream breaks (and raise)."""
         call = self._client.events.Subscribe(
             events_pb2.SubscribeRequest(
@@ -130,6 +139,7 @@ class EventFeed(AsyncIterator[Observation]):
                 synced.set()
                 for _ in range(_PARALLEL):
                     group.create_task(self._work(envelopes))
+            raise AssertionError("the reader ends with an error only")
         finally:
             call.cancel()
 
