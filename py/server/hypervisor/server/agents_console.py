@@ -35,7 +35,8 @@ class AgentConsole:
         """What the viewer receives, ``ConsoleOpened`` first; ends after ``ConsoleClosed``. One consumer."""
         yield self._opened
         try:
-            async for message in self._call:
+            # Not `async for`: grpc.aio forbids it on a call that `read` was used on.
+            while isinstance(message := await self._call.read(), instance_pb2.ConsoleOutput):
                 event = _event(message)
                 if event is not None:
                     yield event

@@ -20,7 +20,7 @@ from hypervisor.server.operations import OperationService, Waiters
 from hypervisor.server.placement import Placer
 from hypervisor.server.reconcile.loop import Reconciler, ReconcilerSettings
 from hypervisor.server.scheduler.contract import Scheduler
-from hypervisor.server.services import HeartbeatTimes
+from hypervisor.server.services import HeartbeatTimes, Instances, Nodes, Operations
 from hypervisor.server.store.storage import Storage
 from hypervisor.server.view import StoreView, ViewSettings
 
@@ -71,7 +71,7 @@ class ControlPlane:
             rng=rng,
             settings=settings.executor,
         )
-        self.operations = OperationService(
+        operations = OperationService(
             self.view,
             self.committer,
             clock,
@@ -80,22 +80,22 @@ class ControlPlane:
             waiters=waiters,
             wake=self.executor.wake,
         )
-        self.nodes = NodeService(
-            storage, self.view, self.committer, self.operations, clock, times=settings.heartbeat
-        )
+        nodes = NodeService(storage, self.view, self.committer, operations, clock, times=settings.heartbeat)
+        self.operations: Operations = operations
+        self.nodes: Nodes = nodes
         placer = Placer(
             scheduler, self.view.nodes, default_policy=settings.policy, seed=settings.scheduler_seed
         )
-        self.instances = InstanceService(
+        self.instances: Instances = InstanceService(
             self.view,
             self.committer,
             self.executor,
-            self.operations,
+            operations,
             placer,
             agents,
             clock,
             new_id=new_id,
-            last_stats=self.nodes.last_stats,
+            last_stats=nodes.last_stats,
         )
         self.membership = Membership(
             storage,

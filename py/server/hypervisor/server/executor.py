@@ -73,6 +73,7 @@ class ExecutorSettings:
 @dataclass(slots=True, eq=False)
 class _Driven:
     cancel: asyncio.Future[None]
+    request_id: str
 
 
 class OperationExecutor:
@@ -108,6 +109,11 @@ class OperationExecutor:
         """The limits this executor keeps."""
         return self._settings
 
+    @property
+    def agents(self) -> Agents:
+        """The agents it calls."""
+        return self._agents
+
     async def run(self) -> None:
         """Drive operations until cancelled; begins with those this server left unfinished when it ended."""
         await self._view.loaded()
@@ -120,14 +126,19 @@ class OperationExecutor:
             finally:
                 self._group = None
 
-    def begin(self, operation: OperationRecord, revision: int) -> None:
-        """Drive the operation, unless it has ended, is driven already or is another server's."""
+    def begin(self, operation: OperationRecord, revision: int, *, request_id: str = "") -> None:
+        """Drive the operation, unless it has ended, is driven already or is another server's.
+
+        ``request_id`` is that of the call that began it, for the logs here and on the node.
+        """
         mine = (
             not operation.done and operation.server_id == self._server_id and operation.id not in self._driven
         )
         # Before `run` there is nobody to drive it; `run` begins with all that are recorded.
         if mine and self._group is not None:
-            driven = _Driven(asyncio.get_running_loop().create_future())
+            driven = _Driven(
+                asyncio.get_running_loop().create_future(), request_id or operation.request_id or operation.id
+            )
             self._driven[operation.id] = driven
             if operation.cancel_requested:
                 driven.cancel.set_result(None)
@@ -194,7 +205,7 @@ class OperationExecutor:
             operation_id=operation_id,
             verb=record.verb,
             instance_id=record.object_id,
-            request_id=record.request_id,
+            request_id=driven.request_id,
         )
         try:
             reply = await self._perform(record, instance.value, driven)
@@ -202,7 +213,7 @@ class OperationExecutor:
             if exc.reason == outcomes.TAKEN_OVER:
                 raise
             bound.warning("operation_failed", reason=exc.reason, error=str(exc))
-            await self._end_failed(record, instance.value, exc)
+            await self._end_failed(record, instance.value, exc, request_id=driven.request_id)
         else:
             if isinstance(reply, Observation):
                 await self._end(lambda d: outcomes.succeed(d, operation_id, reply, server_id=self._server_id))
@@ -225,7 +236,7 @@ class OperationExecutor:
                 raise node_unreachable(instance, node.value)
             if driven.cancel.done():
                 raise _cancelled(operation)
-            context = CallContext(operation.request_id or operation.id, left_s)
+            context = CallContext(driven.request_id, left_s)
             try:
                 return await self._attend(
                     _call(self._agents.agent(node.value), operation, instance, context), operation, driven
@@ -272,11 +283,12 @@ class OperationExecutor:
             log.warning("progress_not_recorded", operation_id=operation.id, error=str(exc))
 
     async def _end_failed(
-        self, operation: OperationRecord, instance: Instance, error: HypervisorError
+        self, operation: OperationRecord, instance: Instance, error: HypervisorError, *, request_id: str
     ) -> None:
+        cleaning = CallContext(request_id, self._settings.cleanup_s)
         operation_id, server_id = operation.id, self._server_id
         if operation.verb == "create":
-            if await self._cleaned_up(operation, instance) or not outcomes.unclear(error):
+            if await self._cleaned_up(operation, instance, cleaning) or not outcomes.unclear(error):
                 await self._end(lambda d: outcomes.remove(d, operation_id, server_id=server_id, error=error))
             else:
                 await self._end(
@@ -287,16 +299,15 @@ class OperationExecutor:
                 lambda d: outcomes.cleanup_later(d, operation_id, server_id=server_id, error=error)
             )
         elif isinstance(error, Cancelled):
-            await self._undo_start(operation, instance, error)
+            await self._undo_start(operation, instance, error, cleaning)
         else:
             await self._end(lambda d: outcomes.fail(d, operation_id, server_id=server_id, error=error))
 
-    async def _cleaned_up(self, operation: OperationRecord, instance: Instance) -> bool:
+    async def _cleaned_up(self, operation: OperationRecord, instance: Instance, context: CallContext) -> bool:
         """Whether the node confirms that nothing of a failed create is left."""
         agent = self._reachable_agent(instance)
         if agent is None:
             return False
-        context = CallContext(operation.request_id or operation.id, self._settings.cleanup_s)
         try:
             await agent.delete(instance, context, grace_s=0.0)
         except HypervisorError as exc:
@@ -305,10 +316,9 @@ class OperationExecutor:
         return True
 
     async def _undo_start(
-        self, operation: OperationRecord, instance: Instance, error: HypervisorError
+        self, operation: OperationRecord, instance: Instance, error: HypervisorError, context: CallContext
     ) -> None:
         agent = self._reachable_agent(instance)
-        context = CallContext(operation.request_id or operation.id, self._settings.cleanup_s)
         try:
             if agent is None:
                 raise node_unreachable(instance, None)

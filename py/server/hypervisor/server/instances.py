@@ -1,6 +1,7 @@
 """Instances: what the calls of ComputeService do. Implements ``Instances``; compute.proto has the rules."""
 
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import FailedPrecondition
@@ -78,7 +79,7 @@ class InstanceService:
         deadline = self._executor.settings.deadline(self._clock.now(), "create")
         decided = await self._committer.commit(
             lambda d: self._placer.reserve(d, draft, operation=operation, deadline=deadline),
-            then=self._executor.begin,
+            then=partial(self._executor.begin, request_id=mutation.caller.request_id),
         )
         return await self._operations.conclude(decided, wait=mutation.wait)
 
@@ -117,7 +118,7 @@ class InstanceService:
         deadline = self._executor.settings.deadline(self._clock.now(), verb, grace_s=grace_s)
         decided = await self._committer.commit(
             lambda d: begin(d, VERBS[verb], ref, operation=operation, deadline=deadline, force=force),
-            then=self._executor.begin,
+            then=partial(self._executor.begin, request_id=mutation.caller.request_id),
         )
         return await self._operations.conclude(decided, wait=mutation.wait)
 

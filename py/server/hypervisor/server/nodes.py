@@ -79,6 +79,7 @@ class NodeService:
         log.info("node_registered", node_id=node.id, hostname=node.hostname, restarted=restarted)
         await self._observe_all(node.id, registration.observations, authoritative=restarted)
         await self._settle_missing(node.id, registration.observations)
+        await self._view.wait_revision(decided.revision)
         return self._committer.find(keys.node(node.id)) or Versioned(node, decided.revision), self._times
 
     async def heartbeat(

@@ -128,12 +128,12 @@ class OperationService:
         operation = self._committer.find(keys.operation(decided.value.id))
         if operation is None:
             operation = Versioned(decided.value, decided.revision)
-        if not wait:
-            return operation
-        if not operation.value.done:
+        if wait and not operation.value.done:
             operation = await self._waiters.wait(operation.value.id)
-        if operation.value.error is not None:
+        if wait and operation.value.error is not None:
             raise error_of(operation.value.error, operation_id=operation.value.id)
+        # The caller reads its own writes, also the objects that the answer shows.
+        await self._view.wait_revision(operation.revision)
         return operation
 
     def get(self, operation: str) -> Versioned[OperationRecord]:
