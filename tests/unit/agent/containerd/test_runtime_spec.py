@@ -55,6 +55,8 @@ def test_a_command_is_required_where_the_image_has_none() -> None:
     [
         InstanceSpec(command=("sh", "a\0b")),
         InstanceSpec(command=("sh",), env={"A": "\0"}),
+        InstanceSpec(command=("sh",), env={"": "x"}),
+        InstanceSpec(command=("sh",), env={"A=B": "x"}),
         InstanceSpec(command=("sh",), working_dir="relative"),
     ],
 )

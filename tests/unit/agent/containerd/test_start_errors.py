@@ -36,6 +36,11 @@ def refused(details: str) -> FailedPrecondition:
             "spec.working_dir",
             "WORKING_DIR_UNUSABLE",
         ),
+        (
+            "unable to start container process: error during container init: mkdir /etc/passwd: not a directory",
+            "spec.working_dir",
+            "WORKING_DIR_UNUSABLE",
+        ),
     ],
 )
 def test_what_the_spec_causes_names_its_field(details: str, field: str, reason: str) -> None:

@@ -160,6 +160,8 @@ def build_runtime_spec(
     arguments = _arguments(spec, config)
     _check_strings("spec.command", arguments)
     _check_strings("spec.env", [*spec.env, *spec.env.values()])
+    if any(not key or "=" in key for key in spec.env):
+        raise InvalidArgument.of_field("spec.env", "names of variables must not be empty nor contain '='")
     working_dir = spec.working_dir or config.working_dir or "/"
     if not working_dir.startswith("/"):
         raise InvalidArgument.of_field("spec.working_dir", "must be an absolute path")

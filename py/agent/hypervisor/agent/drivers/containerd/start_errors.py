@@ -17,7 +17,9 @@ _EXEC_FORMAT = re.compile(r"exec format error")
 _TOO_LITTLE_MEMORY = re.compile(
     r"memory limit too low|OOM-killed|failed to write .*memory\.(limit_in_bytes|max)"
 )
-_WORKING_DIR = re.compile(r"(chdir to cwd|mkdir cwd|cwd) .*?(permission denied|not a directory|no such file)")
+_WORKING_DIR = re.compile(
+    r"(?:chdir to cwd .*|container init: mkdir \S+): ?(?P<why>permission denied|not a directory|no such file)"
+)
 
 
 def explain_start_failure(error: HypervisorError) -> HypervisorError:
@@ -41,6 +43,8 @@ def explain_start_failure(error: HypervisorError) -> HypervisorError:
         )
     if found := _WORKING_DIR.search(details):
         return InvalidArgument.of_field(
-            "spec.working_dir", f"the program cannot begin there ({found[2]})", reason="WORKING_DIR_UNUSABLE"
+            "spec.working_dir",
+            f"the program cannot begin there ({found['why']})",
+            reason="WORKING_DIR_UNUSABLE",
         )
     return error
