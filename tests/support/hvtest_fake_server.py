@@ -2,9 +2,10 @@
 
 It answers as the .proto files say and refuses what they forbid: unknown filter fields, a mutating call without a
 request id, a request id with another payload, a console that does not begin with ``open``. Faults are asked for by
-name: :meth:`FakeServer.lose_reply`, :meth:`FakeServer.refuse`, :meth:`FakeServer.cut_watches`, :meth:`FakeServer.compact`.
+name: ``lose_reply``, ``refuse``, ``hold``, ``cut_watches``, ``compact``.
 """
 
+# ruff: noqa: N802  # methods are named as their RPCs
 import queue
 import threading
 import time
@@ -18,8 +19,16 @@ from google.protobuf.message import Message
 from hypervisor.core import errors
 from hypervisor.core.grpc_errors import code_of, to_status, trailing_metadata
 from hypervisor.core.ids import derived_id, new_id
-from hypervisor.v1 import cluster_pb2, cluster_pb2_grpc, compute_pb2, compute_pb2_grpc
-from hypervisor.v1 import instance_pb2, node_pb2, operation_pb2, operation_pb2_grpc
+from hypervisor.v1 import (
+    cluster_pb2,
+    cluster_pb2_grpc,
+    compute_pb2,
+    compute_pb2_grpc,
+    instance_pb2,
+    node_pb2,
+    operation_pb2,
+    operation_pb2_grpc,
+)
 
 __all__ = ["FakeServer"]
 
@@ -109,7 +118,11 @@ class FakeServer(
             schedulable=True,
             agent_version="0.1.0",
             resources=node_pb2.NodeResources(
-                cpu_cores=8, cpu_used_cores=0.5, memory_bytes=16 << 30, memory_used=2 << 30, disk_bytes=100 << 30
+                cpu_cores=8,
+                cpu_used_cores=0.5,
+                memory_bytes=16 << 30,
+                memory_used=2 << 30,
+                disk_bytes=100 << 30,
             ),
             drivers=[
                 node_pb2.DriverInfo(
@@ -119,11 +132,16 @@ class FakeServer(
                     version="containerd 1.6.20",
                     capabilities=[
                         node_pb2.Capability(verb="start", supported=True),
-                        node_pb2.Capability(verb="migrate", supported=False, reason="containers stay where they are"),
+                        node_pb2.Capability(
+                            verb="migrate", supported=False, reason="containers stay where they are"
+                        ),
                     ],
                 ),
                 node_pb2.DriverInfo(
-                    name="libvirt", types=[instance_pb2.INSTANCE_TYPE_VM], available=False, reason="no libvirtd here"
+                    name="libvirt",
+                    types=[instance_pb2.INSTANCE_TYPE_VM],
+                    available=False,
+                    reason="no libvirtd here",
                 ),
             ],
         )
@@ -210,7 +228,9 @@ class FakeServer(
             type=event_type,  # type: ignore[arg-type]  # the enum's numbers
             kind=kind,
             object_id=item.id,
-            object_name=getattr(item, "name", "") or getattr(item, "hostname", "") or getattr(item, "object_name", ""),
+            object_name=getattr(item, "name", "")
+            or getattr(item, "hostname", "")
+            or getattr(item, "object_name", ""),
             reason=reason,
             message=f"{kind} {reason.lower()}",
             last_of_revision=True,
@@ -253,7 +273,10 @@ class FakeServer(
         for item in self.nodes.values():
             if name in (item.id, item.hostname):
                 return item
-        _refuse(context, errors.NotFound(f"there is no node {name!r}", reason="NODE_NOT_FOUND", metadata={"node": name}))
+        _refuse(
+            context,
+            errors.NotFound(f"there is no node {name!r}", reason="NODE_NOT_FOUND", metadata={"node": name}),
+        )
         raise _Stop
 
     def _operate(
@@ -298,7 +321,9 @@ class FakeServer(
                 if held is None:
                     self._finish(operation, act)
                 else:
-                    threading.Thread(target=self._finish_later, args=(held, operation, act), daemon=True).start()
+                    threading.Thread(
+                        target=self._finish_later, args=(held, operation, act), daemon=True
+                    ).start()
         if not getattr(request, "no_wait", False):
             self._await(operation, context)
         if self._lost.get(method, 0) > 0:
@@ -311,13 +336,18 @@ class FakeServer(
         return operation
 
     def _finish_later(
-        self, held: threading.Event, operation: operation_pb2.Operation, act: Callable[[operation_pb2.Operation], Any]
+        self,
+        held: threading.Event,
+        operation: operation_pb2.Operation,
+        act: Callable[[operation_pb2.Operation], Any],
     ) -> None:
         held.wait(30)
         with self._lock:
             self._finish(operation, act)
 
-    def _finish(self, operation: operation_pb2.Operation, act: Callable[[operation_pb2.Operation], Any]) -> None:
+    def _finish(
+        self, operation: operation_pb2.Operation, act: Callable[[operation_pb2.Operation], Any]
+    ) -> None:
         try:
             act(operation)
             operation.state = operation_pb2.OPERATION_STATE_SUCCEEDED
@@ -341,7 +371,10 @@ class FakeServer(
 
     @staticmethod
     def _page(
-        request: Any, items: Sequence[Any], fields: dict[str, Callable[[Any], str]], context: grpc.ServicerContext
+        request: Any,
+        items: Sequence[Any],
+        fields: dict[str, Callable[[Any], str]],
+        context: grpc.ServicerContext,
     ) -> tuple[list[Any], str]:
         kept = list(items)
         for condition in filter(None, request.filter.split(",")):
@@ -350,7 +383,9 @@ class FakeServer(
             if not equals or (key not in fields and not key.startswith("labels.")):
                 _refuse(
                     context,
-                    errors.InvalidArgument.of_field("filter", f"{condition!r}: known are {', '.join(fields)}"),
+                    errors.InvalidArgument.of_field(
+                        "filter", f"{condition!r}: known are {', '.join(fields)}"
+                    ),
                 )
 
             def text(item: Any, key: str = key) -> str:
@@ -367,7 +402,9 @@ class FakeServer(
         key, _, direction = request.order_by.partition(" ")
         if key:
             if key not in fields or direction not in ("", "desc"):
-                _refuse(context, errors.InvalidArgument.of_field("order_by", f"{request.order_by!r} is not known"))
+                _refuse(
+                    context, errors.InvalidArgument.of_field("order_by", f"{request.order_by!r} is not known")
+                )
             kept.sort(key=fields[key], reverse=direction == "desc")
         start = int(request.page_token or 0)
         end = start + min(request.page_size or 100, 1000)
@@ -437,7 +474,9 @@ class FakeServer(
         self._enter("DrainNode", request, context)
         _refuse(
             context,
-            errors.Unimplemented("moving instances between nodes is not there yet: cordon the node", reason="NO_DRAIN"),
+            errors.Unimplemented(
+                "moving instances between nodes is not there yet: cordon the node", reason="NO_DRAIN"
+            ),
         )
         yield cluster_pb2.DrainNodeProgress()
 
@@ -486,7 +525,10 @@ class FakeServer(
     def _wanted(request: Any, event: cluster_pb2.Event) -> bool:
         if not event.object_id:
             return True
-        return (not request.kinds or event.kind in request.kinds) and request.object_id in ("", event.object_id)
+        return (not request.kinds or event.kind in request.kinds) and request.object_id in (
+            "",
+            event.object_id,
+        )
 
     # ComputeService.
 
@@ -529,15 +571,24 @@ class FakeServer(
             "name": lambda i: i.name,
             "node_id": lambda i: i.node_id,
             "type": lambda i: instance_pb2.InstanceType.Name(i.type).removeprefix("INSTANCE_TYPE_").lower(),
-            "status": lambda i: instance_pb2.InstanceStatus.Name(i.status).removeprefix("INSTANCE_STATUS_").lower(),
+            "status": lambda i: (
+                instance_pb2.InstanceStatus.Name(i.status).removeprefix("INSTANCE_STATUS_").lower()
+            ),
         }
         ordered = sorted(self.instances.values(), key=lambda i: i.name)
         items = [item for item in ordered if request.project in ("", item.project)]
         instances, token = self._page(request, items, fields, context)
-        return compute_pb2.ListInstancesResponse(instances=instances, next_page_token=token, revision=self.revision)
+        return compute_pb2.ListInstancesResponse(
+            instances=instances, next_page_token=token, revision=self.revision
+        )
 
     def _instance_verb(
-        self, method: str, verb: str, request: Any, context: Any, change: Callable[[instance_pb2.Instance], None]
+        self,
+        method: str,
+        verb: str,
+        request: Any,
+        context: Any,
+        change: Callable[[instance_pb2.Instance], None],
     ) -> operation_pb2.Operation:
         instance = None
         if request.request_id not in self._payloads:
@@ -570,7 +621,11 @@ class FakeServer(
 
     def RestartInstance(self, request: Any, context: Any) -> operation_pb2.Operation:
         return self._instance_verb(
-            "RestartInstance", "restart", request, context, lambda i: self.change_instance(i, _RUNNING, "RESTARTED")
+            "RestartInstance",
+            "restart",
+            request,
+            context,
+            lambda i: self.change_instance(i, _RUNNING, "RESTARTED"),
         )
 
     def DeleteInstance(self, request: Any, context: Any) -> operation_pb2.Operation:
@@ -584,7 +639,9 @@ class FakeServer(
     def GetInstanceStats(self, request: Any, context: Any) -> instance_pb2.InstanceStats:
         self._enter("GetInstanceStats", request, context)
         if self._instance(request, context).status != _RUNNING:
-            _refuse(context, errors.FailedPrecondition(f"{request.instance} does not run", reason="NOT_RUNNING"))
+            _refuse(
+                context, errors.FailedPrecondition(f"{request.instance} does not run", reason="NOT_RUNNING")
+            )
         return self._sample(0)
 
     def _sample(self, number: int) -> instance_pb2.InstanceStats:
@@ -687,7 +744,9 @@ class FakeServer(
             "done": lambda o: str(o.done).lower(),
         }
         found, token = self._page(request, list(self.operations.values())[::-1], fields, context)
-        return operation_pb2.ListOperationsResponse(operations=found, next_page_token=token, revision=self.revision)
+        return operation_pb2.ListOperationsResponse(
+            operations=found, next_page_token=token, revision=self.revision
+        )
 
     def WaitOperation(self, request: Any, context: Any) -> operation_pb2.Operation:
         self._enter("WaitOperation", request, context)

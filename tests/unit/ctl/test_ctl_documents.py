@@ -22,7 +22,10 @@ def test_fields_have_their_proto_names_and_are_always_there():
 
 
 def test_a_list_is_an_array():
-    assert [item["name"] for item in json.loads(as_json([Instance(name="a"), Instance(name="b")]))] == ["a", "b"]
+    assert [item["name"] for item in json.loads(as_json([Instance(name="a"), Instance(name="b")]))] == [
+        "a",
+        "b",
+    ]
     assert as_json([]) == "[]"
 
 

@@ -46,7 +46,10 @@ def test_one_wrong_field_is_one_line_and_several_are_one_line_each():
     two = errors.InvalidArgument.of_fields((FieldViolation("a", "is wrong"), FieldViolation("b", "is bad")))
 
     assert failures.as_text(one) == "Error: name: is required (INVALID_FIELD)"
-    assert failures.as_text(two) == "Error: the request has 2 problems (INVALID_FIELD)\n  a: is wrong\n  b: is bad"
+    assert (
+        failures.as_text(two)
+        == "Error: the request has 2 problems (INVALID_FIELD)\n  a: is wrong\n  b: is bad"
+    )
 
 
 def test_the_reason_of_each_node_is_a_line_of_its_own():
@@ -59,7 +62,12 @@ def test_the_reason_of_each_node_is_a_line_of_its_own():
 
     lines = failures.as_text(error).splitlines()
 
-    assert lines[:4] == ["Error: no node fits (NO_NODE_FITS)", "  n1: 2 GiB short", "  n2: cordoned", "  operation: op-1"]
+    assert lines[:4] == [
+        "Error: no node fits (NO_NODE_FITS)",
+        "  n1: 2 GiB short",
+        "  n2: cordoned",
+        "  operation: op-1",
+    ]
 
 
 def test_retry_information_is_shown():

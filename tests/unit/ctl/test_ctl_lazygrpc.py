@@ -14,7 +14,11 @@ import grpc
 
 def run(body):
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(body=body)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", SCRIPT.format(body=body)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -25,7 +29,9 @@ def test_grpc_comes_without_asyncio():
 
 
 def test_asyncio_is_whole_when_it_is_needed_after_all():
-    body = "import asyncio\nasync def f(): return 42\nprint(asyncio.run(f()), asyncio is sys.modules['asyncio'])"
+    body = (
+        "import asyncio\nasync def f(): return 42\nprint(asyncio.run(f()), asyncio is sys.modules['asyncio'])"
+    )
 
     assert run(body).startswith("42")
 

@@ -44,7 +44,12 @@ def test_reads_every_field_of_several_documents():
     assert (web.name, web.type, web.project) == ("web", pb.INSTANCE_TYPE_CONTAINER, "shop")
     assert web.desired_state == pb.DESIRED_STATE_STOPPED
     assert dict(web.labels) == {"app": "web", "tier": "1"}
-    assert (web.spec.cpu_cores, web.spec.memory_mb, web.spec.disk_gb, web.spec.pids_limit) == (0.5, 1024, 3, 100)
+    assert (web.spec.cpu_cores, web.spec.memory_mb, web.spec.disk_gb, web.spec.pids_limit) == (
+        0.5,
+        1024,
+        3,
+        100,
+    )
     assert list(web.spec.command) == ["sh", "-c", "echo 1", "5"]
     assert dict(web.spec.env) == {"A": "x", "N": "1"}
     assert [list(c.values) for c in web.spec.node_selector] == [["a", "b"]]
@@ -102,7 +107,9 @@ def test_all_mistakes_of_all_documents_are_told_at_once():
 def test_mistakes_have_their_line(text, line, said):
     found = problems(text)
 
-    assert any(field.startswith(f"f.yaml:{line}") and said in description for field, description in found), found
+    assert any(field.startswith(f"f.yaml:{line}") and said in description for field, description in found), (
+        found
+    )
 
 
 @pytest.mark.parametrize("text", ["", "---\n---\n", "# nothing\n"])

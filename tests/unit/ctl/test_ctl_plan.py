@@ -65,7 +65,8 @@ def test_back_off_doubles_up_to_its_longest():
 
 
 @pytest.mark.parametrize(
-    ("code", "text"), [(0, "exit code 0"), (3, "exit code 3"), (-9, "killed by SIGKILL"), (-99, "killed by signal 99")]
+    ("code", "text"),
+    [(0, "exit code 0"), (3, "exit code 3"), (-9, "killed by SIGKILL"), (-99, "killed by signal 99")],
 )
 def test_describe_exit(code, text):
     assert describe_exit(code) == text

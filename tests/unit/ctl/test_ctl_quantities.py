@@ -45,7 +45,9 @@ def test_cores_that_are_no_number_are_refused(text):
         cpu_cores("spec.cpu_cores", text)
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("30s", 30), ("1m30s", 90), ("250ms", 0.25), ("5", 5), ("0.5", 0.5)])
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("30s", 30), ("1m30s", 90), ("250ms", 0.25), ("5", 5), ("0.5", 0.5)]
+)
 def test_durations(text, seconds):
     assert duration_s("--timeout", text) == seconds
 

@@ -33,7 +33,9 @@ def test_reads(text, expected):
     assert parse_selector("--selector", text) == tuple(expected)
 
 
-@pytest.mark.parametrize("text", ["", " ", "a in", "a in ()", "a in (b", "a in (b,)", "a=b,", "a b", "=x", "a=b c"])
+@pytest.mark.parametrize(
+    "text", ["", " ", "a in", "a in ()", "a in (b", "a in (b,)", "a=b,", "a b", "=x", "a=b c"]
+)
 def test_refuses_and_says_how(text):
     with pytest.raises(InvalidArgument, match="write KEY=VALUE"):
         parse_selector("--selector", text)
@@ -42,9 +44,10 @@ def test_refuses_and_says_how(text):
 @given(st.text(max_size=40))
 def test_any_text_is_read_or_refused(text):
     try:
-        parse_selector("--selector", text)
-    except InvalidArgument as exc:
-        assert exc.violations[0].field == "--selector"
+        found = parse_selector("--selector", text)
+    except InvalidArgument:
+        return
+    assert all(condition.key and condition.key in text for condition in found)
 
 
 def test_becomes_constraints():

@@ -64,7 +64,9 @@ def test_a_pipe_cuts_nothing():
     assert render(COLUMNS, [Row("n", "1", "m" * 500)])[1].endswith("m" * 500)
 
 
-@pytest.mark.parametrize(("text", "width", "expected"), [("abc", 3, "abc"), ("abcd", 3, "ab…"), ("日本語", 5, "日本…")])
+@pytest.mark.parametrize(
+    ("text", "width", "expected"), [("abc", 3, "abc"), ("abcd", 3, "ab…"), ("日本語", 5, "日本…")]
+)
 def test_cut(text, width, expected):
     assert cut(text, width) == expected
 

@@ -50,8 +50,8 @@ def run(arguments: list[str], *, invocation: "Invocation | None" = None) -> int:
     except click.ClickException as exc:
         exc.show()
         return failures.FAILURE
-    except (KeyboardInterrupt, click.Abort) as exc:
-        _report_interrupt(exc)
+    except click.Abort as exc:  # what click makes of an interruption, after a line break on standard error
+        _report_interrupt(exc.__cause__)
         return failures.INTERRUPTED
     except BrokenPipeError:
         # The reader of our output went away (| head): nobody is left to tell.
@@ -80,9 +80,8 @@ def _report_usage(error: "click.UsageError", invocation: "Invocation") -> None:
     print("\n".join(lines), file=sys.stderr)
 
 
-def _report_interrupt(error: BaseException) -> None:
-    operation_id = getattr(error, "operation_id", "")
-    print(file=sys.stderr)
+def _report_interrupt(cause: BaseException | None) -> None:
+    operation_id = getattr(cause, "operation_id", "")
     if operation_id:
         print(f"Interrupted; it goes on: hypervisor-ctl operation wait {operation_id}", file=sys.stderr)
 

@@ -26,6 +26,7 @@ __all__ = ["End", "Ending", "Request", "attach"]
 _CHUNK = 32 * 1024
 _QUEUED = 64
 _CLOSE_S = 5.0
+_LEAVE_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,8 @@ class _Attachment:
         reader.start()
         try:
             ending = self._serve()
+            if ending is not None and ending.end is End.ESCAPE:
+                self._let_go(reader)
         finally:
             self._over.set()
             responses.cancel()
@@ -117,6 +120,14 @@ class _Attachment:
         if self._ending is not None:
             return self._ending
         raise Unavailable("the console ended without saying why: attach again", reason="CONSOLE_LOST")
+
+    def _let_go(self, reader: threading.Thread) -> None:
+        """End our side in order, so that what was typed just before the escape arrives: briefly, then by force."""
+        try:
+            self._outgoing.put(None, timeout=_LEAVE_S)
+        except queue.Full:
+            return  # the server takes nothing: what is queued is lost either way
+        reader.join(_LEAVE_S)
 
     def _sent(self) -> Iterator[ConsoleInput]:
         """What gRPC sends; in a thread of its own."""
