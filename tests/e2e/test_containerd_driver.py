@@ -114,7 +114,7 @@ async def the_end(queue: "asyncio.Queue[Observation]", instance_id: str) -> Obse
 class TestDriverContract(DriverContract):
     @pytest.fixture
     def bench(self, containerd: PrivateContainerd) -> Iterator[ContainerdBench]:
-        yield ContainerdBench(containerd)  # noqa: PT022: the suite declares it so
+        yield ContainerdBench(containerd)  # noqa: PT022
 
 
 class TestLifecycle:
@@ -230,6 +230,28 @@ class TestLifecycle:
         assert "\nbox\r" in output
         assert "CapEff:\t0000000000000000" in output
         await console.close()
+
+    async def test_a_container_cannot_mount_nor_load_modules_nor_see_the_node(
+        self, bench: ContainerdBench, driver: ContainerdDriver
+    ) -> None:
+        script = (
+            "mount -t tmpfs none /tmp && echo mounted; mknod /dev/sda b 8 0 && cat /dev/sda && echo read-disk; "
+            "echo 1 > /proc/sys/kernel/panic && echo wrote-sysctl; grep Seccomp: /proc/self/status; "
+            "grep NoNewPrivs /proc/self/status; ls /sys/class/net; ps | wc -l; echo en''d; sleep 100"
+        )
+        made = await started(driver, bench.spec(script))
+        console = await driver.attach(made.instance_id)
+
+        output = (await read_until(console, b"end")).decode()
+        await console.close()
+
+        assert "mounted" not in output
+        assert "read-disk" not in output
+        assert "wrote-sysctl" not in output
+        assert "Seccomp:\t2" in output
+        assert "NoNewPrivs:\t1" in output
+        assert "\nlo\r" in output
+        assert "eth" not in output
 
 
 class TestConsole:
@@ -457,6 +479,43 @@ class TestFailure:
         assert {o.instance_id for o in await driver.list()} == {one.instance_id for one in many}
         assert all(await asyncio.gather(*(driver.delete(one.instance_id) for one in many)))
         assert bench.leftovers() == {}
+
+    @pytest.mark.parametrize("after_s", [0.0, 0.002, 0.004, 0.008, 0.03, 0.06, 0.09])
+    async def test_a_cancelled_create_or_start_leaves_all_or_nothing(
+        self, bench: ContainerdBench, driver: ContainerdDriver, after_s: float
+    ) -> None:
+        made = assignment(bench.shell())
+
+        async def run() -> None:
+            await driver.create(made)
+            await driver.start(made.instance_id)
+
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(after_s):
+                await run()
+
+        present = {seen.instance_id: seen.status for seen in await driver.list()}
+        assert present.get(made.instance_id) in (None, InstanceStatus.STOPPED, InstanceStatus.RUNNING)
+        if not present:
+            assert bench.leftovers() == {}
+        await run()
+        assert (await driver.get(made.instance_id)).status is InstanceStatus.RUNNING
+
+    async def test_a_cancelled_import_leaves_nothing_and_can_be_repeated(
+        self, bench: ContainerdBench, driver: ContainerdDriver
+    ) -> None:
+        path = bench.images / "cancelled.tar"
+        build_archive(BUSYBOX, path, name="cancelled:1", env={"UNIQUE": new_id("t")})
+        made = assignment(InstanceSpec(image=f"oci-archive:{path}"))
+
+        for after_s in (0.0, 0.003, 0.01, 0.02, 0.04):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(after_s):
+                    await driver.create(made)
+                await driver.delete(made.instance_id)
+            assert bench.leftovers() == {}
+
+        await driver.create(made)
 
 
 class TestImages:

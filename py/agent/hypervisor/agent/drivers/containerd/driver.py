@@ -27,6 +27,7 @@ from hypervisor.agent.drivers.containerd.runtime import Mounts, Runtime
 from hypervisor.agent.drivers.containerd.runtime_spec import MAX_OPEN_FILES, HostFeatures, build_runtime_spec
 from hypervisor.agent.drivers.containerd.start_errors import explain_start_failure
 from hypervisor.agent.drivers.containerd.tracking import DRIVER_NAME, Live, Tracker
+from hypervisor.agent.drivers.containerd.uninterrupted import uninterrupted
 from hypervisor.agent.drivers.driver import VERBS, Assignment, Console, Handle
 from hypervisor.agent.stats.cgroups import swap_is_limited
 from hypervisor.agent.stats.sampler import CgroupSampler
@@ -123,25 +124,36 @@ class ContainerdDriver:
             else signal.SIGTERM,
         )
         async with self._tracker.locks.hold(instance_id):
+            making = asyncio.ensure_future(self._make(record, image, spec))
             try:
-                await self._runtime.create_container(record, image=image.name, spec=spec)
-            except AlreadyExists:
-                record = await self._take_over(record, image, spec)
-                created = False
-            else:
-                created = True
-            try:
-                mounts = await self._prepare(instance_id, image)
-            except BaseException:
-                if created:
-                    await asyncio.shield(self._undo_create(instance_id))
+                await uninterrupted(making)
+            except asyncio.CancelledError:
+                if not making.cancelled() and making.exception() is None and making.result():
+                    await self._undo_create(instance_id)
                 raise
-            live = self._tracker.live.get(instance_id)
-            if live is None:
-                self._tracker.live[instance_id] = Live(record, mounts=mounts, never_started=created)
-            else:
-                live.record = record
         return {"container": instance_id, "namespace": self._config.namespace, "image": image.name}
+
+    async def _make(self, record: Record, image: ResolvedImage, spec: dict[str, object]) -> bool:
+        """Record and file system; returns whether they are new. What fails removes what it made."""
+        instance_id = record.instance_id
+        try:
+            await self._runtime.create_container(record, image=image.name, spec=spec)
+        except AlreadyExists:
+            record, created = await self._take_over(record, image, spec), False
+        else:
+            created = True
+        try:
+            mounts = await self._prepare(instance_id, image)
+        except HypervisorError:
+            if created:
+                await self._undo_create(instance_id)
+            raise
+        live = self._tracker.live.get(instance_id)
+        if live is None:
+            self._tracker.live[instance_id] = Live(record, mounts=mounts, never_started=created)
+        else:
+            live.record = record
+        return created
 
     async def _take_over(self, wanted: Record, image: ResolvedImage, spec: dict[str, object]) -> Record:
         """The record of a create that is repeated: same image, labels and specification as they are wanted now."""
@@ -167,6 +179,7 @@ class ContainerdDriver:
             return await self._runtime.prepare_snapshot(instance_id, parent=image.chain_id)
 
     async def _undo_create(self, instance_id: str) -> None:
+        self._tracker.live.pop(instance_id, None)
         try:
             await self._runtime.remove_snapshot(instance_id)
             await self._runtime.delete_container(instance_id)
@@ -203,7 +216,7 @@ class ContainerdDriver:
                     # Ended and not yet tidied up, or made by an agent that died before it could start it.
                     await self._tracker.remove_task(instance_id)
                     live.forget_run()
-            return await self._start(instance_id, live)
+            return await uninterrupted(self._start(instance_id, live))
 
     async def _start(self, instance_id: str, live: Live) -> Observation:
         mounts = live.mounts
@@ -228,7 +241,7 @@ class ContainerdDriver:
                 group.create_task(self._runtime.start_task(instance_id))
         except BaseException as exc:
             live.forget_run()
-            await asyncio.shield(self._undo_start(instance_id))
+            await self._undo_start(instance_id)
             error = exc.exceptions[0] if isinstance(exc, BaseExceptionGroup) else exc
             if isinstance(error, HypervisorError):
                 raise explain_start_failure(error) from exc
