@@ -9,7 +9,7 @@ __all__ = ["until", "within"]
 T = TypeVar("T")
 
 
-async def until(probe: Callable[[], T], *, what: str, timeout_s: float = 10.0) -> T:
+async def until(probe: Callable[[], T | None], *, what: str, timeout_s: float = 10.0) -> T:
     """The first true result of ``probe``; AssertionError after ``timeout_s``."""
     try:
         async with asyncio.timeout(timeout_s):

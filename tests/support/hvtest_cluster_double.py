@@ -1,4 +1,4 @@
-"""A strict ClusterService for tests of the agent: real gRPC on loopback, the rules of cluster.proto for nodes, no store.
+"""A strict ClusterService for tests of the agent: real gRPC on loopback, cluster.proto's rules for nodes, no store.
 
 Knows nodes by id and incarnation, refuses what the contract refuses, keeps every request, and can be told to forget a
 node, to fail, or to be away.
@@ -20,7 +20,7 @@ from hypervisor.core.errors import (
 )
 from hypervisor.core.grpc_errors import code_of, to_status, trailing_metadata
 from hypervisor.core.ids import is_id
-from hypervisor.v1 import cluster_pb2, cluster_pb2_grpc, instance_pb2, node_pb2
+from hypervisor.v1 import cluster_pb2, instance_pb2, node_pb2
 from hypervisor.wire.times import duration_of
 
 __all__ = ["ClusterDouble", "KnownNode"]
@@ -47,7 +47,7 @@ class KnownNode:
     """Newest observation of each instance."""
 
 
-class ClusterDouble(cluster_pb2_grpc.ClusterServiceServicer):
+class ClusterDouble:
     """One server. ``async with`` serves; several doubles are several servers."""
 
     def __init__(self, *, interval_s: float = 0.05) -> None:
@@ -69,7 +69,7 @@ class ClusterDouble(cluster_pb2_grpc.ClusterServiceServicer):
     async def start(self) -> None:
         """Serve, at the same address as before."""
         server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
-        cluster_pb2_grpc.add_ClusterServiceServicer_to_server(self, server)
+        server.add_generic_rpc_handlers((self._handlers(),))
         self._port = server.add_insecure_port(f"127.0.0.1:{self._port}")
         await server.start()
         self._server = server
@@ -87,11 +87,31 @@ class ClusterDouble(cluster_pb2_grpc.ClusterServiceServicer):
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
 
+    def _handlers(self) -> "grpc.GenericRpcHandler[Any, Any]":
+        """The agents' side of ClusterService; whatever else is called answers UNIMPLEMENTED."""
+        service = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"]
+        serve: dict[str, tuple[Any, Any]] = {
+            "RegisterNode": (self._register, cluster_pb2.RegisterNodeRequest),
+            "Heartbeat": (self._heartbeat, cluster_pb2.HeartbeatRequest),
+            "UpdateNodeStatus": (self._update, cluster_pb2.UpdateNodeStatusRequest),
+        }
+        return grpc.method_handlers_generic_handler(
+            service.full_name,
+            {
+                name: grpc.unary_unary_rpc_method_handler(
+                    method,
+                    request_deserializer=request.FromString,
+                    response_serializer=lambda reply: reply.SerializeToString(),
+                )
+                for name, (method, request) in serve.items()
+            },
+        )
+
     def forget(self) -> None:
         """Know no node any more, as after a lease that ended."""
         self.nodes.clear()
 
-    async def RegisterNode(  # noqa: N802
+    async def _register(
         self, request: cluster_pb2.RegisterNodeRequest, context: Any
     ) -> cluster_pb2.RegisterNodeResponse:
         await self._refuse(context)
@@ -125,7 +145,7 @@ class ClusterDouble(cluster_pb2_grpc.ClusterServiceServicer):
             cluster_id="c-test",
         )
 
-    async def Heartbeat(  # noqa: N802
+    async def _heartbeat(
         self, request: cluster_pb2.HeartbeatRequest, context: Any
     ) -> cluster_pb2.HeartbeatResponse:
         known = await self._known(request.node_id, request.incarnation, context)
@@ -137,7 +157,7 @@ class ClusterDouble(cluster_pb2_grpc.ClusterServiceServicer):
             heartbeat_timeout=duration_of(3 * self.interval_s),
         )
 
-    async def UpdateNodeStatus(  # noqa: N802
+    async def _update(
         self, request: cluster_pb2.UpdateNodeStatusRequest, context: Any
     ) -> cluster_pb2.UpdateNodeStatusResponse:
         known = await self._known(request.node_id, request.incarnation, context)

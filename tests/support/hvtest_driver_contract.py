@@ -6,7 +6,7 @@ have a line interpreter that echoes typed lines and knows ``echo``, ``stty size`
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Protocol
 
@@ -297,17 +297,17 @@ class DriverContract:
     @pytest.mark.parametrize("verb", ["get", "start", "stop", "restart", "stats", "attach"])
     async def test_an_unknown_instance_is_not_found(self, driver: Driver, verb: str) -> None:
         unknown = new_id("i")
-        call = {
+        call: dict[str, Callable[[], Awaitable[object]]] = {
             "get": lambda: driver.get(unknown),
             "start": lambda: driver.start(unknown),
             "stop": lambda: driver.stop(unknown, grace_s=0.0),
             "restart": lambda: driver.restart(unknown, grace_s=0.0),
             "stats": lambda: driver.stats(unknown),
             "attach": lambda: driver.attach(unknown),
-        }[verb]
+        }
 
         with pytest.raises(NotFound) as caught:
-            await call()
+            await call[verb]()
 
         assert caught.value.reason == "INSTANCE_NOT_FOUND"
 

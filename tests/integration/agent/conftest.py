@@ -33,7 +33,7 @@ class RunningAgent:
         *,
         driver: FakeDriver,
         known: KnownNode,
-        stub: agent_pb2_grpc.AgentServiceStub,
+        stub: "agent_pb2_grpc.AgentServiceAsyncStub",
         end: Callable[[], Awaitable[None]],
     ) -> None:
         self.driver = driver

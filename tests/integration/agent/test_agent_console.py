@@ -74,9 +74,12 @@ class Terminal:
         return self.closed
 
     async def error(self) -> Any:
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async def drain() -> None:
             while await self.receive():
                 pass
+
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await within(drain(), what="the session fails")
         return from_rpc_error(caught.value, peer="agent")
 
 

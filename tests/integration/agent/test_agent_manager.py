@@ -1,6 +1,7 @@
 """The manager's promises, over the fake driver and a real journal."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ async def test_a_call_with_an_older_epoch_is_refused(tmp_path: Path, verb: str) 
         wanted = assignment(epoch=5)
         await node.manager.create(wanted, start=True)
         old = ref(wanted, epoch=4)
-        calls = {
+        calls: dict[str, Callable[[], Awaitable[object]]] = {
             "create": lambda: node.manager.create(assignment(wanted.instance_id, epoch=4), start=True),
             "start": lambda: node.manager.start(old),
             "stop": lambda: node.manager.stop(old, grace_s=0.0),

@@ -23,7 +23,15 @@ def _fake(directory: Path) -> FakeDriver:
     return FakeDriver(FakeConfig(state_dir=directory / "fake"), clock=SystemClock())
 
 
-async def _journalled(directory: Path, wanted: Assignment, phase: Phase, **more: object) -> None:
+async def _journalled(
+    directory: Path,
+    wanted: Assignment,
+    phase: Phase,
+    *,
+    assignment: Assignment | None = None,
+    start: bool = False,
+    since: datetime = LATER,
+) -> None:
     """The journal of an agent that was killed in the middle of something."""
     entry = Entry(
         instance_id=wanted.instance_id,
@@ -31,8 +39,9 @@ async def _journalled(directory: Path, wanted: Assignment, phase: Phase, **more:
         generation=wanted.generation,
         epoch=wanted.epoch,
         phase=phase,
-        since=more.pop("since", LATER),
-        **more,
+        since=since,
+        assignment=assignment,
+        start=start,
     )
     async with Journal(directory / "journal") as journal:
         await journal.put(entry)
@@ -195,11 +204,6 @@ async def test_a_start_cut_off_after_it_happened_is_not_repeated(tmp_path: Path,
     await _journalled(tmp_path, wanted, phase, since=LONG_AGO)
 
     async with node_under_test(tmp_path) as node:
-
-        async def settled() -> bool:
-            (entry,) = [s.entry for s in node.manager._instances.slots()]
-            return entry is not None and entry.phase is Phase.READY
-
         await until(
             lambda: all(
                 s.entry is not None and s.entry.phase is Phase.READY for s in node.manager._instances.slots()

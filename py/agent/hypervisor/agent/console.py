@@ -238,9 +238,11 @@ class ConsoleHub:
             await self._pump(self._console)
         except HypervisorError as exc:
             _log.warning("console_lost", instance=self.instance_id, reason=exc.reason, error=exc.message)
+            return not self._runs
         except Exception:
             # A driver's defect at the plug-in boundary: this console is attached anew, the others go on.
             _log.exception("console_defect", instance=self.instance_id)
+            return not self._runs
         finally:
             await self._detach()
         return await self._end_seen(run)

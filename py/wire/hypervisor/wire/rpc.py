@@ -268,7 +268,10 @@ class Dispatcher:
                         "rpc", method=name, code=code, principal=call.principal, ms=round(elapsed * 1000, 3)
                     )
             status = to_status(error)
-            trailers = ((REQUEST_ID_KEY, call.request_id), *trailing_metadata(status))
+            trailers: tuple[tuple[str, str | bytes], ...] = (
+                (REQUEST_ID_KEY, call.request_id),
+                *trailing_metadata(status),
+            )
             await context.abort(code_of(error), status.message, trailers)
             raise AssertionError("abort returned")
 

@@ -17,11 +17,11 @@ from hypervisor.agent.drivers.driver import Assignment, Driver
 from hypervisor.agent.drivers.health import DriverHealth
 from hypervisor.agent.drivers.instances import LocalInstances, Slot
 from hypervisor.agent.entries import Entry, Phase
-from hypervisor.core.errors import HypervisorError, NotFound
+from hypervisor.core.errors import DeadlineExceeded, HypervisorError, NotFound, Unavailable
 from hypervisor.core.model import Observation
-from hypervisor.core.states import InstanceStatus
+from hypervisor.core.states import ACTIVE, InstanceStatus
 
-__all__ = ["Actions"]
+__all__ = ["Actions", "lost", "took_place"]
 
 _ASK_AGAIN = 5
 """How often to ask a driver anew when an event overtook its answer."""
@@ -133,8 +133,7 @@ class Actions:
                 await self._redo(slot, driver, lambda: driver.stop(slot.instance_id, grace_s=entry.grace_s))
             case Phase.STARTING | Phase.RESTARTING:
                 seen = await driver.get(slot.instance_id)
-                if seen.started_at is not None and seen.started_at >= entry.since:
-                    self._ready(slot)
+                if self.settle_by(slot, seen):
                     self._instances.record(slot, seen, answered=False)
                 elif entry.phase is Phase.STARTING:
                     await self._redo(slot, driver, lambda: driver.start(slot.instance_id))
@@ -142,6 +141,13 @@ class Actions:
                     await self._redo(
                         slot, driver, lambda: driver.restart(slot.instance_id, grace_s=entry.grace_s)
                     )
+
+    def settle_by(self, slot: Slot, seen: Observation) -> bool:
+        """Settle the instance if what the driver shows proves that the action cut off took place; whether it did."""
+        if slot.entry is None or not took_place(slot.entry, seen):
+            return False
+        self._ready(slot)
+        return True
 
     async def _finish_create(self, slot: Slot, entry: Entry, driver: Driver, *, resumed: bool) -> Observation:
         assert entry.assignment is not None
@@ -157,7 +163,8 @@ class Actions:
             self._ready(slot)
             return await self._truth(slot, driver, seen, asked_at=asked_at)
         except HypervisorError as exc:
-            if slot.entry is not None and slot.entry.phase is Phase.CREATING:
+            waits = resumed and isinstance(exc, Unavailable | DeadlineExceeded)
+            if slot.entry is not None and slot.entry.phase is Phase.CREATING and not waits:
                 _log.info("instance_create_failed", instance=slot.instance_id, reason=exc.reason)
                 await self._undo(slot, entry, driver, swallow=True)
             raise
@@ -231,6 +238,8 @@ class Actions:
             _log.info("instance_not_seen", instance=slot.instance_id, reason=exc.reason)
             if before is not None:
                 self._instances.record(slot, before, answered=True)
+            else:
+                self._instances.book.forget(slot.instance_id)
         else:
             self._instances.record(slot, seen, answered=False)
 
@@ -257,6 +266,22 @@ class Actions:
             since=self._instances.clock.now(),
         )
         self._instances.journal.put_soon(slot.entry)
+
+
+def took_place(entry: Entry, seen: Observation) -> bool:
+    """Whether an observation proves that the action of the entry's phase was done.
+
+    A create without a start proves nothing: a half-made instance can look like a whole one.
+    """
+    match entry.phase:
+        case Phase.CREATING:
+            return entry.start and seen.started_at is not None
+        case Phase.STARTING | Phase.RESTARTING:
+            return seen.started_at is not None and seen.started_at >= entry.since
+        case Phase.STOPPING:
+            return seen.status not in ACTIVE
+        case _:
+            return False
 
 
 def lost(entry: Entry, message: str, instances: LocalInstances) -> Observation:

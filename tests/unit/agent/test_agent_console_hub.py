@@ -1,0 +1,284 @@
+"""A console hub over consoles that misbehave, without gRPC."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from hvtest_agent_waiting import until, within
+from hypervisor.agent.console import ConsoleHub, Data, End, Ended, Output, Viewer
+from hypervisor.core.clock import SystemClock
+from hypervisor.core.errors import FailedPrecondition, HypervisorError, Unavailable, Unimplemented
+from hypervisor.core.model import ConsoleSize, Observation
+from hypervisor.core.states import InstanceStatus
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+class Terminal:
+    """A driver's console that prints what the test says."""
+
+    def __init__(self) -> None:
+        self.output: asyncio.Queue[bytes | BaseException] = asyncio.Queue()
+        self.typed = b""
+        self.sizes: list[ConsoleSize] = []
+        self.closed = 0
+        self.takes_input = asyncio.Event()
+        self.takes_input.set()
+
+    @property
+    def resizable(self) -> bool:
+        return True
+
+    async def read(self, limit: int = 65536) -> bytes:
+        item = await self.output.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    async def write(self, data: bytes) -> None:
+        for byte in data:
+            await self.takes_input.wait()
+            await asyncio.sleep(0)
+            self.typed += bytes((byte,))
+
+    async def resize(self, size: ConsoleSize) -> None:
+        self.sizes.append(size)
+
+    async def close(self) -> None:
+        self.closed += 1
+
+
+class Node:
+    """A hub, and the consoles its instance had."""
+
+    def __init__(self) -> None:
+        self.terminals: list[Terminal] = []
+        self.refuse: list[HypervisorError] = []
+        self.hub = ConsoleHub(
+            "i-1",
+            attach=self._attach,
+            clock=SystemClock(),
+            rng=random.Random(1),
+            scrollback_bytes=4096,
+        )
+
+    async def _attach(self, _: str) -> Terminal:
+        if self.refuse:
+            raise self.refuse.pop(0)
+        self.terminals.append(Terminal())
+        return self.terminals[-1]
+
+    def runs(self, run: int = 0) -> None:
+        self._observe(InstanceStatus.RUNNING, run)
+
+    def ended(self, run: int = 0, *, exit_code: int = 0) -> None:
+        self._observe(InstanceStatus.STOPPED, run, exit_code=exit_code)
+
+    def _observe(self, status: InstanceStatus, run: int, exit_code: int | None = None) -> None:
+        self.hub.observed(
+            Observation(
+                instance_id="i-1",
+                generation=1,
+                epoch=1,
+                status=status,
+                observed_at=START,
+                started_at=START + timedelta(seconds=run),
+                exit_code=exit_code,
+            )
+        )
+
+    async def terminal(self, number: int = 0) -> Terminal:
+        await until(lambda: len(self.terminals) > number, what="the hub attaches")
+        return self.terminals[number]
+
+
+@pytest.fixture
+async def node() -> AsyncIterator[Node]:
+    node = Node()
+    task = asyncio.ensure_future(node.hub.run())
+    yield node
+    task.cancel()
+    await asyncio.wait({task})
+    assert task.cancelled(), task
+
+
+@asynccontextmanager
+async def _seeing(viewer: Viewer) -> AsyncIterator[list[Output]]:
+    items: list[Output] = []
+
+    async def collect() -> None:
+        async for item in viewer.output():
+            items.append(item)  # noqa: PERF401 - seen while it is collected
+
+    task = asyncio.ensure_future(collect())
+    try:
+        yield items
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+def _text(items: list[Output]) -> bytes:
+    return b"".join(item.data for item in items if isinstance(item, Data))
+
+
+async def test_output_is_drained_without_viewers(node: Node) -> None:
+    node.runs()
+    terminal = await node.terminal()
+    for _ in range(100):
+        terminal.output.put_nowait(b"x" * 1000)
+
+    await until(lambda: node.hub.ring.end == 100_000, what="all output is taken")
+
+
+async def test_whole_writes_of_several_writers_do_not_mix(node: Node) -> None:
+    node.runs()
+    terminal = await node.terminal()
+    async with (
+        node.hub.view(replay_bytes=0, read_only=False) as one,
+        node.hub.view(replay_bytes=0, read_only=False) as two,
+    ):
+        await asyncio.gather(one.write(b"aaaaaaaa"), two.write(b"bbbbbbbb"), one.write(b"cccccccc"))
+
+    assert {terminal.typed[n : n + 8] for n in (0, 8, 16)} == {b"aaaaaaaa", b"bbbbbbbb", b"cccccccc"}
+
+
+async def test_a_guest_that_takes_no_input_holds_up_no_output(node: Node) -> None:
+    node.runs()
+    terminal = await node.terminal()
+    terminal.takes_input.clear()
+    async with node.hub.view(replay_bytes=0, read_only=False) as viewer, _seeing(viewer) as items:
+        writing = asyncio.ensure_future(viewer.write(b"stuck"))
+        terminal.output.put_nowait(b"alive")
+
+        await until(lambda: _text(items) == b"alive", what="output goes on")
+        writing.cancel()
+        await asyncio.wait({writing})
+        terminal.takes_input.set()
+        await within(viewer.write(b"y"), what="others may type after a writer left")
+    assert terminal.typed.endswith(b"y")
+
+
+async def test_a_console_that_fails_is_attached_anew_and_viewers_stay(node: Node) -> None:
+    node.runs()
+    terminal = await node.terminal()
+    async with node.hub.view(replay_bytes=0, read_only=False) as viewer, _seeing(viewer) as items:
+        terminal.output.put_nowait(b"before ")
+        terminal.output.put_nowait(ZeroDivisionError("a driver's defect"))
+        second = await within(_second(node), what="the hub attaches again", timeout_s=10.0)
+        second.output.put_nowait(b"after")
+
+        await until(lambda: _text(items) == b"before after", what="output goes on")
+    assert terminal.closed == 1
+
+
+async def _second(node: Node) -> Terminal:
+    return await node.terminal(1)
+
+
+async def test_viewers_end_with_the_exit_code_that_comes_after_the_last_output(node: Node) -> None:
+    node.runs()
+    terminal = await node.terminal()
+    async with node.hub.view(replay_bytes=0, read_only=False) as viewer, _seeing(viewer) as items:
+        terminal.output.put_nowait(b"bye")
+        terminal.output.put_nowait(b"")
+        await until(lambda: terminal.closed, what="the console is let go")
+        node.ended(exit_code=7)
+
+        await until(lambda: items and isinstance(items[-1], Ended), what="the viewer ends")
+    assert items == [Data(b"bye"), Ended(End.EXITED, 7)]
+
+
+async def test_a_restart_keeps_viewers(node: Node) -> None:
+    node.runs(0)
+    first = await node.terminal()
+    async with node.hub.view(replay_bytes=0, read_only=False) as viewer, _seeing(viewer) as items:
+        first.output.put_nowait(b"one ")
+        first.output.put_nowait(b"")
+        node.runs(1)
+        second = await node.terminal(1)
+        second.output.put_nowait(b"two")
+
+        await until(lambda: _text(items) == b"one two", what="the viewer sees both runs")
+
+
+async def test_a_viewer_that_comes_right_after_the_start_waits_for_the_attachment(node: Node) -> None:
+    node.refuse = [Unavailable("not yet") for _ in range(2)]
+    node.runs()
+
+    with pytest.raises(Unavailable):
+        async with node.hub.view(replay_bytes=0, read_only=False):
+            await until(lambda: False, what="never")
+    await node.terminal()
+
+    async with node.hub.view(replay_bytes=0, read_only=False) as viewer:
+        assert viewer.resizable
+
+
+async def test_a_driver_without_consoles_says_so(node: Node) -> None:
+    node.refuse = [Unimplemented("no console", reason="CAPABILITY_MISSING")]
+    node.runs()
+
+    with pytest.raises(Unimplemented):
+        async with node.hub.view(replay_bytes=0, read_only=False):
+            pass
+
+
+async def test_a_stopped_instance_has_no_console_and_a_started_one_has(node: Node) -> None:
+    node.runs(0)
+    (await node.terminal()).output.put_nowait(b"")
+    node.ended(0)
+
+    with pytest.raises(FailedPrecondition) as caught:
+        async with node.hub.view(replay_bytes=0, read_only=False):
+            pass
+
+    assert caught.value.reason == "NOT_RUNNING"
+    node.runs(1)
+    async with node.hub.view(replay_bytes=0, read_only=False) as viewer:
+        assert viewer.resizable
+
+
+async def test_output_of_a_run_that_ended_before_the_attachment_is_kept(node: Node) -> None:
+    node.ended(0, exit_code=0)
+
+    terminal = await node.terminal()
+    terminal.output.put_nowait(b"quick words")
+    terminal.output.put_nowait(b"")
+
+    await until(lambda: node.hub.ring.end == len(b"quick words"), what="the output is taken")
+
+
+async def test_all_viewers_are_let_go_at_the_agents_end(node: Node) -> None:
+    node.runs()
+    await node.terminal()
+    async with node.hub.view(replay_bytes=0, read_only=True) as viewer, _seeing(viewer) as items:
+        node.hub.end(End.DETACHED)
+
+        await until(lambda: items, what="the viewer ends")
+    assert items == [Ended(End.DETACHED)]
+
+
+async def test_a_resize_reaches_the_terminal(node: Node) -> None:
+    node.runs()
+    terminal = await node.terminal()
+    async with node.hub.view(replay_bytes=0, read_only=False) as viewer:
+        await viewer.resize(ConsoleSize(100, 30))
+
+    assert terminal.sizes == [ConsoleSize(100, 30)]
+
+
+async def test_a_read_only_viewer_may_neither_type_nor_resize(node: Node) -> None:
+    node.runs()
+    terminal = await node.terminal()
+    async with node.hub.view(replay_bytes=0, read_only=True) as viewer:
+        for call in (viewer.write(b"x"), viewer.resize(ConsoleSize(1, 1))):
+            with pytest.raises(FailedPrecondition) as caught:
+                await call
+            assert caught.value.reason == "CONSOLE_READ_ONLY"
+
+    assert (terminal.typed, terminal.sizes) == (b"", [])
