@@ -140,9 +140,7 @@ def sqlite_claims(runner: asyncio.Runner, directory: Path) -> list[Claim]:
     return claims
 
 
-async def _bare_etcd_rate(
-    stub: rpc_pb2_grpc.KVStub, *, total: int, concurrency: int, puts: int, compares: int
-) -> float:
+async def _bare_etcd_rate(stub: "rpc_pb2_grpc.KVAsyncStub", load: Load) -> float:
     """The same transactions by a bare client."""
 
     async def commit() -> None:

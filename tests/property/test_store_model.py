@@ -197,7 +197,13 @@ class StoreMachine(RuleBasedStateMachine):
         if not wanted:
             return
         got = self.run(
-            read_watch(self.storage, prefix, after_revision=after, until=lambda b: len(b) >= len(wanted))
+            read_watch(
+                self.storage,
+                prefix,
+                after_revision=after,
+                until=lambda b: len(b) >= len(wanted),
+                timeout_s=5,
+            )
         )
         assert [(b.revision, sorted(b.changes, key=lambda c: KEYS.index(c.key))) for b in got] == [
             (b.revision, list(b.changes)) for b in wanted
