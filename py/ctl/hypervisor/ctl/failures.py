@@ -76,7 +76,7 @@ def advice(error: errors.HypervisorError) -> str:
 
 def _node_reasons(error: errors.HypervisorError) -> list[tuple[str, str]]:
     """Why no node was chosen, node by node: the metadata keys ``node.<hostname>``."""
-    if error.reason != "NO_NODE_FITS":
+    if error.reason != "NO_NODE_FITS" or error.violations:  # the violations say the same
         return []
     prefix = "node."
     return sorted((k.removeprefix(prefix), v) for k, v in error.metadata.items() if k.startswith(prefix))

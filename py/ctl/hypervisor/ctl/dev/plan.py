@@ -1,17 +1,16 @@
 """What a development cluster consists of: decided here, as values, and acted on elsewhere."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CONTEXT", "NAMESPACE", "Layout", "Plan", "ProcessSpec", "state_directory"]
+__all__ = ["CONTEXT", "Layout", "Plan", "ProcessSpec", "state_directory"]
 
 CONTEXT = "dev"
 """The context that ``dev up`` makes and uses."""
-NAMESPACE = "hypervisor-dev"
-"""containerd namespace of the development cluster, apart from that of a real one on the same machine."""
 
 
 def state_directory(environ: Mapping[str, str]) -> Path:
@@ -102,6 +101,12 @@ class Plan:
         return Layout(self.root)
 
     @property
+    def namespace(self) -> str:
+        """containerd namespace, also the first part of cgroup paths: this directory's own, so that several
+        development clusters, and a real one, can share a machine and even a containerd."""
+        return f"hypervisor-dev-{hashlib.sha256(bytes(self.root)).hexdigest()[:8]}"
+
+    @property
     def server_address(self) -> str:
         """gRPC address of the server."""
         return f"127.0.0.1:{self.grpc_port}"
@@ -142,7 +147,7 @@ class Plan:
                 "drivers": {"enabled": ["container"]},
                 "containerd": {
                     "address": self.containerd,
-                    "namespace": NAMESPACE,
+                    "namespace": self.namespace,
                     "snapshotter": self.snapshotter,
                     "console_root": str(self.root / "consoles"),
                 },

@@ -4,11 +4,10 @@ Only what is certainly its own is touched: processes whose command line names it
 cgroups of its containerd namespace that those processes were in.
 """
 
-import contextlib
 import subprocess
 from pathlib import Path
 
-from hypervisor.ctl.dev.plan import NAMESPACE, Plan
+from hypervisor.ctl.dev.plan import Plan
 from hypervisor.ctl.dev.processes import ProcessId, children_of, command_line, every_process, terminate
 
 __all__ = ["mounts_below", "shims_of", "sweep"]
@@ -37,12 +36,20 @@ def mounts_below(directory: Path) -> list[Path]:
 
 
 def sweep(plan: Plan) -> list[str]:
-    """Remove the leftovers of a private containerd that is stopped; returns what could not be removed, in words."""
-    if not plan.private_containerd:
+    """Remove the leftovers of a cluster that is stopped; returns what could not be removed, in words."""
+    if plan.simulated:
         return []
+    left = _stop_private_runtime(plan) if plan.private_containerd else []
+    # containerd makes one cgroup for the namespace and keeps it when it is empty.
+    for group in (_CGROUPS / plan.namespace, *_CGROUPS.glob(f"*/{plan.namespace}")):
+        left += _remove_group(group)
+    return left
+
+
+def _stop_private_runtime(plan: Plan) -> list[str]:
     shims = shims_of(plan.containerd)
     guests = [child for shim in shims for child in children_of(shim)]
-    groups = {group for guest in guests for group in _groups_of(guest)}
+    groups = {group for guest in guests for group in _groups_of(guest, plan.namespace)}
     left = [f"process {process.pid}" for process in terminate([*guests, *shims], grace_s=0)]
     for point in mounts_below(plan.root):
         done = subprocess.run(
@@ -51,16 +58,23 @@ def sweep(plan: Plan) -> list[str]:
         if done.returncode:
             left.append(f"mount {point} ({done.stderr.strip()})")
     for group in sorted(groups, key=lambda g: len(g.parts), reverse=True):
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                group.rmdir()
-            except OSError as exc:
-                left.append(f"cgroup {group} ({exc.strerror})")
+        left += _remove_group(group)
     return left
 
 
-def _groups_of(process: ProcessId) -> list[Path]:
-    """Its cgroup directories, of our namespace only."""
+def _remove_group(group: Path) -> list[str]:
+    """Remove an empty cgroup; one that is not there is none that is left."""
+    try:
+        group.rmdir()
+    except FileNotFoundError:
+        return []
+    except OSError as exc:
+        return [f"cgroup {group} ({exc.strerror})"]
+    return []
+
+
+def _groups_of(process: ProcessId, namespace: str) -> list[Path]:
+    """Its cgroup directories, those below our namespace only."""
     try:
         lines = Path(f"/proc/{process.pid}/cgroup").read_text(encoding="utf-8").splitlines()
     except (FileNotFoundError, ProcessLookupError):
@@ -69,7 +83,7 @@ def _groups_of(process: ProcessId) -> list[Path]:
     for line in lines:
         _, controllers, path = line.split(":", 2)
         relative = path.lstrip("/")
-        if not relative.startswith(f"{NAMESPACE}/"):
+        if not relative.startswith(f"{namespace}/"):
             continue
         for name in (controllers, controllers.removeprefix("name="), ""):
             directory = _CGROUPS / name / relative
