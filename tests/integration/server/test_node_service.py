@@ -20,6 +20,7 @@ async def test_heartbeats_write_nothing_to_the_store(storage: Storage) -> None:
     joining = registration()
     async with control_plane(storage, MemoryAgents()) as plane:
         node, times = await plane.nodes.register(joining)
+        await until(lambda: plane.reconciler.leading)
         before = await storage.current_revision()
         sample = InstanceStats(sampled_at=node.value.created_at, cpu_usage_ns=5)
 

@@ -20,10 +20,11 @@ from hvtest_control_plane import (
 from hypervisor.core.clock import SystemClock
 from hypervisor.core.errors import AlreadyExists, ResourceExhausted, Unavailable
 from hypervisor.core.states import InstanceStatus, NodeStatus, OperationState
+from hypervisor.server import keys
 from hypervisor.server.control_plane import ControlPlaneSettings
 from hypervisor.server.services import InstanceRef, StopOptions
 from hypervisor.server.store.memory import MemoryStorage
-from hypervisor.server.store.storage import Committed, Compare, Conflicted, Operation, Storage
+from hypervisor.server.store.storage import Committed, Compacted, Compare, Conflicted, Operation, Storage
 
 FORCE = StopOptions(grace_s=0.0)
 
@@ -297,3 +298,33 @@ async def test_old_operations_are_forgotten(storage: Storage) -> None:
 
         await until(lambda: not list(plane.view.operations()))
         assert plane.instances.resolve(InstanceRef("web")).value.status is InstanceStatus.RUNNING
+
+
+async def test_the_leader_forgets_old_history(storage: Storage) -> None:
+    def forgetful(settings: ControlPlaneSettings) -> ControlPlaneSettings:
+        return replace(
+            settings, reconciler=replace(settings.reconciler, history_s=0.3, history_interval_s=0.1)
+        )
+
+    async with (
+        control_plane(storage, MemoryAgents(), change=forgetful) as plane,
+        add_node(plane, registration()),
+    ):
+        before = await storage.current_revision()
+        for n in range(3):
+            await plane.instances.create(draft(f"i{n}"), mutation())
+
+        async with asyncio.timeout(10):
+            while True:
+                history = storage.watch(keys.PREFIX, after_revision=before - 1)
+                try:
+                    await asyncio.wait_for(anext(history), 0.2)
+                except Compacted:
+                    break
+                except TimeoutError:
+                    continue
+                finally:
+                    await history.aclose()
+        changes = plane.view.changes(after_revision=before)
+        assert await asyncio.wait_for(anext(changes), 5), "what is in memory can still be had"
+        assert plane.instances.resolve(InstanceRef("i0")).value.status is InstanceStatus.RUNNING

@@ -136,7 +136,8 @@ async def test_the_last_change_of_a_revision_is_marked(storage: Storage) -> None
 
 async def test_consumers_beyond_the_memory_are_served_from_history(storage: Storage) -> None:
     small = ViewSettings(keep_changes=10, verify_interval_s=0.05)
-    for n in range(20):
+    first_revision = await commit(storage, put(0))
+    for n in range(1, 20):
         await commit(storage, put(n))
     async with viewing(storage, small) as view:
         slow = view.changes(after_revision=None)
@@ -146,7 +147,7 @@ async def test_consumers_beyond_the_memory_are_served_from_history(storage: Stor
             await commit(storage, put(n))
         await view.wait_revision(await storage.current_revision())
 
-        from_start = await take(view.changes(after_revision=1), 119)
+        from_start = await take(view.changes(after_revision=first_revision), 119)
         assert [o for _, o, _ in from_start] == [f"i-{n}" for n in range(1, 120)]
         begun = await first
         rest = await take(slow, 99)
@@ -179,7 +180,8 @@ async def test_a_revision_of_another_store_is_told_as_compacted(storage: Storage
 
 async def test_own_commits_are_seen_at_once_and_once(storage: Storage) -> None:
     async with viewing(storage) as view:
-        start = view.revision
+        start = await commit(storage, put(0))
+        await view.wait_revision(start)
         revision = await commit(storage, put(1))
         view.offer(revision, [Update(keys.instance("i-1").path, Versioned(instance(1), revision))])
         assert view.instance("i-1") is not None

@@ -28,6 +28,7 @@ from hypervisor.server.reconcile.decide import (
     Situation,
     decide,
 )
+from hypervisor.server.reconcile.history import HistoryKeeper
 from hypervisor.server.services import ClusterChange, Kind
 from hypervisor.server.store.storage import Compare, Election, Storage
 from hypervisor.server.view import StoreView
@@ -42,13 +43,16 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ReconcilerSettings:
-    """Times in seconds. ``retention_s``: how long ended operations are kept."""
+    """Times in seconds. ``retention_s``: how long ended operations are kept; ``history_s``: how far back events can
+    be resumed."""
 
     interval_s: float = 1.0
     retention_s: float = 86_400.0
     patience_s: float = 60.0
     leader_ttl_s: float = 10.0
     retry_s: float = 1.0
+    history_s: float = 3600.0
+    history_interval_s: float = 60.0
 
 
 class Reconciler:
@@ -116,10 +120,12 @@ class Reconciler:
 
     async def _lead(self, fence: Compare) -> None:
         await self._view.wait_revision(fence.mod_revision)
+        history = HistoryKeeper(keep_s=self._settings.history_s, interval_s=self._settings.history_interval_s)
         while True:
             self._changed.clear()
             if not self._view.stale:
                 await self.step(fence)
+                await self._forget_history(history)
             try:
                 async with asyncio.timeout(self._settings.interval_s):
                     await self._changed.wait()
@@ -136,6 +142,17 @@ class Reconciler:
                 for action in actions[start : start + _PARALLEL]:
                     group.create_task(self._act(action, fence))
         return actions
+
+    async def _forget_history(self, history: HistoryKeeper) -> None:
+        revision = history.forget_up_to(self._clock.monotonic(), self._view.revision)
+        if revision is None:
+            return
+        try:
+            await self._storage.compact(revision)
+        except HypervisorError as exc:
+            log.warning("compaction_failed", revision=revision, reason=exc.reason, error=str(exc))
+        else:
+            log.info("history_forgotten", before_revision=revision)
 
     def _situation(self) -> Situation:
         view = self._view
