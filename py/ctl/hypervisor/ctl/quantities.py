@@ -9,7 +9,16 @@ from hypervisor.core.errors import FieldViolation, InvalidArgument
 from hypervisor.core.names import shorten
 from hypervisor.core.units import parse_bytes, parse_duration
 
-__all__ = ["age", "cpu_cores", "duration_s", "readable_bytes", "replay_bytes", "whole_gib", "whole_mib"]
+__all__ = [
+    "age",
+    "columns_and_rows",
+    "cpu_cores",
+    "duration_s",
+    "readable_bytes",
+    "replay_bytes",
+    "whole_gib",
+    "whole_mib",
+]
 
 _MIB = 1 << 20
 _GIB = 1 << 30
@@ -74,6 +83,17 @@ def replay_bytes(field: str, text: str) -> int:
         raise InvalidArgument.of_field(
             field, f"{shorten(text)}: give all, none or a size such as 64KiB"
         ) from exc
+
+
+def columns_and_rows(field: str, text: str) -> tuple[int, int]:
+    """Columns and rows of ``100x30``. InvalidArgument names the field."""
+    columns, _, rows = text.partition("x")
+    for amount in (columns, rows):
+        if not (amount.isascii() and amount.isdigit() and 1 <= int(amount[:6]) <= 10_000):
+            raise InvalidArgument.of_field(
+                field, f"{shorten(text)}: give COLUMNSxROWS, such as 100x30, of 1 to 10000"
+            )
+    return int(columns), int(rows)
 
 
 def readable_bytes(size: int) -> str:

@@ -39,6 +39,11 @@ __all__ = ["console"]
     metavar="DURATION",
     help="Where the input is no terminal: end once it has ended and nothing came for this long.",
 )
+@click.option(
+    "--size",
+    metavar="COLUMNSxROWS",
+    help="Size to tell the instance, such as 100x30. Default: that of the terminal, if there is one.",
+)
 @project_option
 @quietly
 @connected
@@ -51,6 +56,7 @@ def console(
     replay: str,
     escape: str,
     until_idle: float | None,
+    size: str | None,
     project: str,
 ) -> None:
     """Attach to the terminal of an instance. Ctrl-] leaves it; the instance goes on.
@@ -77,6 +83,7 @@ def console(
         input=keyboard if on_terminal or not read_only else None,
         output=sys.stdout.fileno(),
         terminal=screen,
+        size=None if size is None else quantities.columns_and_rows("--size", size),
         escape=key if on_terminal else b"",
         until_idle_s=until_idle,
     )

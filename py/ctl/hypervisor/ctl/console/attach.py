@@ -42,6 +42,8 @@ class Request:
     output: int
     terminal: int | None
     """Descriptor of the terminal whose size the instance is told."""
+    size: tuple[int, int] | None
+    """Columns and rows to tell it in place of that."""
     escape: bytes
     until_idle_s: float | None
     """End after this long without output, once the input has ended (or where there is none)."""
@@ -216,7 +218,9 @@ class _Attachment:
         return time.monotonic() - self._last_output >= self._request.until_idle_s
 
     def _size(self) -> ConsoleInput.Resize | None:
-        size = None if self._request.terminal is None else size_of(self._request.terminal)
+        size = self._request.size
+        if size is None and self._request.terminal is not None:
+            size = size_of(self._request.terminal)
         return None if size is None else ConsoleInput.Resize(width=size[0], height=size[1])
 
     def _send_size(self) -> None:

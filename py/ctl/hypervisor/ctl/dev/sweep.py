@@ -4,6 +4,7 @@ Only what is certainly its own is touched: processes whose command line names it
 cgroups of its containerd namespace that those processes were in.
 """
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -40,16 +41,16 @@ def sweep(plan: Plan) -> list[str]:
     if plan.simulated:
         return []
     left = _stop_private_runtime(plan) if plan.private_containerd else []
-    # containerd makes one cgroup for the namespace and keeps it when it is empty.
-    for group in (_CGROUPS / plan.namespace, *_CGROUPS.glob(f"*/{plan.namespace}")):
-        left += _remove_group(group)
+    # Of version 2, then one for each controller of version 1. The namespace is of this cluster alone.
+    for top in (_CGROUPS / plan.namespace, *_CGROUPS.glob(f"*/{plan.namespace}")):
+        left += _remove_cgroups(top)
     return left
 
 
 def _stop_private_runtime(plan: Plan) -> list[str]:
+    """End the shims with what they run, then undo the mounts."""
     shims = shims_of(plan.containerd)
     guests = [child for shim in shims for child in children_of(shim)]
-    groups = {group for guest in guests for group in _groups_of(guest, plan.namespace)}
     left = [f"process {process.pid}" for process in terminate([*guests, *shims], grace_s=0)]
     for point in mounts_below(plan.root):
         done = subprocess.run(
@@ -57,37 +58,17 @@ def _stop_private_runtime(plan: Plan) -> list[str]:
         )
         if done.returncode:
             left.append(f"mount {point} ({done.stderr.strip()})")
-    for group in sorted(groups, key=lambda g: len(g.parts), reverse=True):
-        left += _remove_group(group)
     return left
 
 
-def _remove_group(group: Path) -> list[str]:
-    """Remove an empty cgroup; one that is not there is none that is left."""
-    try:
-        group.rmdir()
-    except FileNotFoundError:
-        return []
-    except OSError as exc:
-        return [f"cgroup {group} ({exc.strerror})"]
-    return []
-
-
-def _groups_of(process: ProcessId, namespace: str) -> list[Path]:
-    """Its cgroup directories, those below our namespace only."""
-    try:
-        lines = Path(f"/proc/{process.pid}/cgroup").read_text(encoding="utf-8").splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-    found = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        relative = path.lstrip("/")
-        if not relative.startswith(f"{namespace}/"):
+def _remove_cgroups(top: Path) -> list[str]:
+    """Remove a tree of cgroups from its leaves; those that hold processes stay."""
+    left = []
+    for directory, _, _ in os.walk(top, topdown=False):
+        try:
+            Path(directory).rmdir()
+        except FileNotFoundError:
             continue
-        for name in (controllers, controllers.removeprefix("name="), ""):
-            directory = _CGROUPS / name / relative
-            if directory.is_dir():
-                found.append(directory)
-                break
-    return found
+        except OSError as exc:
+            left.append(f"cgroup {directory} ({exc.strerror})")
+    return left
