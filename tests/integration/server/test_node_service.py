@@ -131,15 +131,29 @@ async def test_instances_a_node_should_not_have_are_named(storage: Storage) -> N
 
 
 async def test_instances_a_restarted_agent_does_not_have_are_lost(storage: Storage) -> None:
+    agents = MemoryAgents()
+    joining = registration()
+    async with control_plane(storage, agents) as plane, add_node(plane, joining):
+        await plane.instances.create(draft("web"), mutation())
+        agents.by_node[joining.id].held.clear()
+
+        await plane.nodes.register(replace(joining, incarnation="second start"))
+
+        await until(lambda: plane.instances.resolve(InstanceRef("web")).value.status is InstanceStatus.FAILED)
+        assert plane.instances.resolve(InstanceRef("web")).value.status_reason == "LOST"
+        await plane.nodes.register(joining)
+
+
+async def test_an_instance_made_while_its_node_registered_is_not_taken_for_lost(storage: Storage) -> None:
     joining = registration()
     async with control_plane(storage, MemoryAgents()) as plane, add_node(plane, joining):
         await plane.instances.create(draft("web"), mutation())
 
-        await plane.nodes.register(replace(joining, incarnation="second start"))
+        await plane.nodes.register(joining)  # its observations are from before the create
 
-        lost = plane.instances.resolve(InstanceRef("web")).value
-        assert (lost.status, lost.status_reason) == (InstanceStatus.FAILED, "LOST")
-        await plane.nodes.register(joining)
+        await until(
+            lambda: plane.instances.resolve(InstanceRef("web")).value.status is InstanceStatus.RUNNING
+        )
 
 
 async def test_changed_drivers_count_for_the_next_placement(storage: Storage) -> None:

@@ -7,7 +7,7 @@ from msgspec import structs
 
 from hypervisor.core.model import Instance, InstanceSpec, Observation
 from hypervisor.core.states import DesiredState, InstanceStatus, InstanceType
-from hypervisor.server.observations import fold, lost, settle
+from hypervisor.server.observations import fold, lost, missing, settle
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 S = InstanceStatus
@@ -135,6 +135,13 @@ def test_an_instance_its_node_does_not_have_is_lost() -> None:
     assert lost(after, now=NOW) is None
 
 
+def test_an_instance_its_node_did_not_name_is_not_known() -> None:
+    after = missing(instance(), now=NOW)
+    assert after is not None
+    assert (after.status, after.status_reason) == (S.UNKNOWN, "NOT_REPORTED")
+    assert missing(after, now=NOW) is None
+
+
 @pytest.mark.parametrize(
     "left_alone",
     [
@@ -144,3 +151,4 @@ def test_an_instance_its_node_does_not_have_is_lost() -> None:
 )
 def test_instances_under_way_are_not_lost(left_alone: Instance) -> None:
     assert lost(left_alone, now=NOW) is None
+    assert missing(left_alone, now=NOW) is None

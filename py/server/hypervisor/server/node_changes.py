@@ -1,13 +1,16 @@
 """How the records of nodes, and of the instances on them, change by what agents and users say. Pure decisions."""
 
+from datetime import datetime
+from typing import Protocol
+
 from msgspec import structs
 
 from hypervisor.core.errors import AlreadyExists, FailedPrecondition, NotFound
-from hypervisor.core.model import Allocation, Node, Observation
+from hypervisor.core.model import Allocation, Instance, Node, Observation
 from hypervisor.core.states import DesiredState, InstanceStatus, NodeStatus, can_move
 from hypervisor.server import keys
 from hypervisor.server.drafts import Draft
-from hypervisor.server.observations import fold, lost
+from hypervisor.server.observations import fold, lost, missing
 from hypervisor.server.records import HostnameClaim, NodeLease
 from hypervisor.server.services import NodeRegistration
 from hypervisor.server.store.storage import Compare
@@ -16,6 +19,7 @@ __all__ = [
     "fold_observation",
     "incarnation_mismatch",
     "mark_lost",
+    "mark_missing",
     "mark_offline",
     "mark_unknown",
     "node_not_found",
@@ -23,6 +27,10 @@ __all__ = [
     "record_deregistration",
     "record_registration",
 ]
+
+
+class _Change(Protocol):
+    def __call__(self, instance: Instance, /, *, now: datetime) -> Instance | None: ...
 
 
 def record_registration(draft: Draft, registration: NodeRegistration, *, lease_id: str) -> tuple[Node, bool]:
@@ -154,12 +162,21 @@ def fold_observation(draft: Draft, *, node_id: str, seen: Observation, authorita
     return True
 
 
+def mark_missing(draft: Draft, *, node_id: str, instance_id: str) -> bool:
+    """The node's registration did not name the instance; returns whether it should have."""
+    return _change_instance(draft, missing, node_id=node_id, instance_id=instance_id)
+
+
 def mark_lost(draft: Draft, *, node_id: str, instance_id: str) -> bool:
-    """The node's agent does not have the instance; returns whether that is a loss."""
+    """The node's agent, asked for it, does not have the instance; returns whether that is a loss."""
+    return _change_instance(draft, lost, node_id=node_id, instance_id=instance_id)
+
+
+def _change_instance(draft: Draft, change: _Change, *, node_id: str, instance_id: str) -> bool:
     found = draft.get(keys.instance(instance_id))
     if found is None or found.value.node_id != node_id:
         return False
-    changed = lost(found.value, now=draft.now)
+    changed = change(found.value, now=draft.now)
     if changed is not None:
         draft.put(keys.instance(instance_id), changed)
     return changed is not None

@@ -21,7 +21,7 @@ from hypervisor.server.drafts import Decision, Draft
 from hypervisor.server.node_changes import (
     fold_observation,
     incarnation_mismatch,
-    mark_lost,
+    mark_missing,
     node_not_found,
     record_cordon,
     record_deregistration,
@@ -78,7 +78,7 @@ class NodeService:
         node, restarted = decided.value
         log.info("node_registered", node_id=node.id, hostname=node.hostname, restarted=restarted)
         await self._observe_all(node.id, registration.observations, authoritative=restarted)
-        await self._settle_missing(node.id, registration.observations)
+        await self._mark_missing(node.id, registration.observations)
         await self._view.wait_revision(decided.revision)
         return self._committer.find(keys.node(node.id)) or Versioned(node, decided.revision), self._times
 
@@ -230,14 +230,20 @@ class NodeService:
             log.warning("unexpected_instances", node_id=node_id, instance_ids=unexpected[:20])
         return unexpected
 
-    async def _settle_missing(self, node_id: str, observations: tuple[Observation, ...]) -> None:
-        """Instances recorded on the node that its freshly registered agent does not have are lost."""
+    async def _mark_missing(self, node_id: str, observations: tuple[Observation, ...]) -> None:
+        """Instances recorded on the node that its registration does not name: the reconciler asks for them."""
         present = {seen.instance_id for seen in observations}
-        missing = [i.value.id for i in self._view.instances_on(node_id) if i.value.id not in present]
-        lost = await self._commit_all([partial(mark_lost, node_id=node_id, instance_id=i) for i in missing])
-        if any(lost):
-            gone = [instance_id for instance_id, is_lost in zip(missing, lost, strict=True) if is_lost]
-            log.error("instances_lost", node_id=node_id, instance_ids=gone[:20], count=len(gone))
+        absent = [i.value.id for i in self._view.instances_on(node_id) if i.value.id not in present]
+        marked = await self._commit_all(
+            [partial(mark_missing, node_id=node_id, instance_id=instance_id) for instance_id in absent]
+        )
+        if any(marked):
+            missing = [
+                instance_id for instance_id, is_missing in zip(absent, marked, strict=True) if is_missing
+            ]
+            log.warning(
+                "instances_not_reported", node_id=node_id, instance_ids=missing[:20], count=len(missing)
+            )
 
     async def _commit_all(self, decisions: Sequence[Decision[bool]]) -> list[bool]:
         """Commit many decisions in as few transactions as they fit in."""

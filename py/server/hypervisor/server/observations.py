@@ -13,7 +13,7 @@ from msgspec import structs
 from hypervisor.core.model import Instance, Observation
 from hypervisor.core.states import TRANSITIONAL, DesiredState, InstanceStatus, can_move
 
-__all__ = ["fold", "lost", "settle"]
+__all__ = ["fold", "lost", "missing", "settle"]
 
 _ENDED = frozenset({InstanceStatus.STOPPED, InstanceStatus.FAILED})
 _TOLD = frozenset({InstanceStatus.RUNNING, InstanceStatus.PAUSED}) | _ENDED
@@ -61,13 +61,26 @@ def settle(instance: Instance, reply: Observation, *, now: datetime) -> Instance
     return structs.replace(instance, operation_id="", transition_deadline=None, updated_at=now)
 
 
+def missing(instance: Instance, *, now: datetime) -> Instance | None:
+    """The record of an instance that its node's registration did not name; None when it needs no change.
+
+    It may have been made while the registration was under way, so this only says that it is not known; the reconciler
+    then asks the node.
+    """
+    if not _expected(instance) or instance.status is InstanceStatus.UNKNOWN:
+        return None
+    return structs.replace(
+        instance,
+        status=InstanceStatus.UNKNOWN,
+        status_reason="NOT_REPORTED",
+        status_message="its node came back and did not name it; the node is being asked",
+        updated_at=now,
+    )
+
+
 def lost(instance: Instance, *, now: datetime) -> Instance | None:
     """The record of an instance its node does not have although it should; None when it needs no change."""
-    if instance.operation_id or instance.desired is DesiredState.DELETED:
-        return None
-    if instance.status is InstanceStatus.FAILED and instance.status_reason == "LOST":
-        return None
-    if not can_move(instance.status, InstanceStatus.FAILED):
+    if not _expected(instance):
         return None
     return structs.replace(
         instance,
@@ -77,6 +90,13 @@ def lost(instance: Instance, *, now: datetime) -> Instance | None:
         finished_at=now,
         updated_at=now,
     )
+
+
+def _expected(instance: Instance) -> bool:
+    """Whether its node should have it now: nothing is under way with it, and its loss is not on record."""
+    under_way = bool(instance.operation_id) or instance.desired is DesiredState.DELETED
+    known_lost = instance.status is InstanceStatus.FAILED and instance.status_reason == "LOST"
+    return not under_way and not known_lost and can_move(instance.status, InstanceStatus.FAILED)
 
 
 def _merge(instance: Instance, seen: Observation, *, now: datetime) -> Instance | None:

@@ -216,7 +216,10 @@ def _settle(
 ) -> bool:
     draft.guard(fence)
     if seen is None:
-        return mark_lost(draft, node_id=node_id, instance_id=instance_id)
+        is_lost = mark_lost(draft, node_id=node_id, instance_id=instance_id)
+        if is_lost:
+            log.error("instance_lost", node_id=node_id, instance_id=instance_id)
+        return is_lost
     return fold_observation(draft, node_id=node_id, seen=seen, authoritative=False)
 
 
