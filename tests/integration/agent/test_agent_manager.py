@@ -373,3 +373,33 @@ async def test_a_hundred_creates_at_once_share_their_syncs(tmp_path: Path) -> No
         assert {o.status for o in seen} == {InstanceStatus.RUNNING}
         assert len({o.sequence for o in seen}) == 100
         assert CountingDisk.syncs - before < 20
+
+
+async def test_an_exit_during_an_action_that_fails_is_reported(tmp_path: Path) -> None:
+    async with node_under_test(tmp_path) as node:
+        wanted = assignment()
+        await node.manager.create(wanted, start=True)
+        node.driver.faults.hang("stop")
+        stopping = asyncio.ensure_future(node.manager.stop(ref(wanted), grace_s=0.0))
+        await until(
+            lambda: [o.status for o in node.manager.last_seen()] == [InstanceStatus.STOPPING],
+            what="the stop began",
+        )
+        await node.driver.exit(wanted.instance_id, 3)
+        node.driver.faults.fail("stop", KeyError("a defect"))
+
+        node.driver.faults.release("stop")
+
+        with pytest.raises(Internal):
+            await stopping
+        assert [(o.status, o.exit_code) for o in node.told.reports] == [(InstanceStatus.FAILED, 3)]
+
+
+async def test_a_registration_tells_everything_as_new_observations(tmp_path: Path) -> None:
+    async with node_under_test(tmp_path) as node:
+        created = await node.manager.create(assignment(), start=True)
+
+        (again,) = node.manager.for_registration()
+
+        assert again.sequence > created.sequence
+        assert (again.status, again.started_at) == (created.status, created.started_at)

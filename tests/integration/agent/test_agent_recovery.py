@@ -218,16 +218,17 @@ async def test_a_start_cut_off_after_it_happened_is_not_repeated(tmp_path: Path,
 async def test_instances_of_a_runtime_that_is_down_are_adopted_when_it_is_back(tmp_path: Path) -> None:
     wanted = assignment()
     async with node_under_test(tmp_path) as node:
-        await node.manager.create(wanted, start=True)
+        before = await node.manager.create(wanted, start=True)
     driver = _fake(tmp_path)
     driver.faults.lose_runtime()
 
     async with node_under_test(tmp_path, driver=driver) as node:
-        assert node.manager.last_seen() == ()
+        assert node.manager.for_registration() == (before,)
         driver.faults.restore_runtime()
 
         reported = await until(lambda: node.told.reports, what="the instance is adopted")
         assert reported[0].status is InstanceStatus.RUNNING
+        assert reported[0].sequence > before.sequence
     await driver.aclose()
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from hypervisor.agent.drivers.containerd.cpu_quota import apply_cpu_limit, cpu_limit
 from hypervisor.agent.stats.cgroups import (
     CgroupPaths,
     cgroup_paths,
@@ -196,6 +197,26 @@ def test_oom_kills_are_read_without_a_process(tmp_path: Path, tree: object) -> N
 
     assert read_oom_kills(expected_paths(f"/{UNIT}", root=root)) == 2
     assert read_oom_kills(expected_paths("/hypervisor/gone", root=root)) is None
+
+
+def test_the_processor_quota_is_written_for_both_versions(tmp_path: Path) -> None:
+    v1, v2 = v1_tree(tmp_path / "v1"), v2_tree(tmp_path / "v2")
+    cpu = tmp_path / "v1" / "cpu" / UNIT
+    for path in (cpu / "cpu.cfs_period_us", cpu / "cpu.cfs_quota_us", tmp_path / "v2" / UNIT / "cpu.max"):
+        path.touch()
+
+    for paths in (v1, v2):
+        apply_cpu_limit(paths, cpu_limit(250))
+
+    assert (cpu / "cpu.cfs_quota_us").read_text() == "25000"
+    assert (cpu / "cpu.cfs_period_us").read_text() == "100000"
+    assert (tmp_path / "v2" / UNIT / "cpu.max").read_text() == "25000 100000"
+
+
+def test_a_quota_without_a_controller_is_an_error(tmp_path: Path) -> None:
+    for paths in (CgroupPaths(None, {}), CgroupPaths(tmp_path, {})):
+        with pytest.raises(FileNotFoundError):
+            apply_cpu_limit(paths, cpu_limit(250))
 
 
 def test_a_group_outside_of_the_visible_tree_is_not_followed(tmp_path: Path) -> None:

@@ -68,7 +68,19 @@ def test_what_is_forgotten_is_gone() -> None:
 
     book.forget("i")
 
-    assert (book.newest("i"), book.all()) == (None, ())
+    assert book.newest("i") is None
+
+
+def test_what_is_seen_again_is_newer_and_otherwise_the_same() -> None:
+    book = ObservationBook(starts=1)
+    first, _ = book.record(seen())
+
+    book.renumber(AFTER)
+
+    again = book.newest("i")
+    assert again is not None
+    assert again.sequence > first.sequence
+    assert again == msgspec.structs.replace(first, sequence=again.sequence, observed_at=AFTER)
 
 
 @pytest.mark.parametrize(

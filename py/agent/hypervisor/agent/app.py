@@ -163,7 +163,7 @@ class _Agent:
             resources=self._resources,
             sampler=StatsSampler(running=self._manager.running, stats=self._manager.stats),
             drivers=self._health.infos,
-            observations=self._manager.last_seen,
+            observations=self._manager.for_registration,
             clock=clock,
             rng=rng,
             registered=self._registered,

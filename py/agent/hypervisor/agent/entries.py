@@ -10,6 +10,7 @@ from enum import StrEnum
 import msgspec
 
 from hypervisor.agent.drivers.driver import Assignment
+from hypervisor.core.model import Observation
 
 __all__ = ["Entry", "Phase"]
 
@@ -42,5 +43,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Kept while CREATING only: what is needed to finish the create."""
     start: bool = False
     """While CREATING: whether it is to be started."""
+    last: Observation | None = None
+    """What was seen of it last, for the time between a restart and its adoption."""
     grace_s: float = 0.0
     """While STOPPING, RESTARTING or DELETING: what the caller allowed."""

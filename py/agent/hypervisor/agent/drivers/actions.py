@@ -233,7 +233,7 @@ class Actions:
         try:
             seen = await self._drivers.named(entry.driver).get(slot.instance_id)
         except NotFound as exc:
-            self._instances.record(slot, lost(entry, exc.message, self._instances), answered=False)
+            self._instances.record(slot, lost(entry, exc.message, self._instances), answered=True)
         except HypervisorError as exc:
             _log.info("instance_not_seen", instance=slot.instance_id, reason=exc.reason)
             if before is not None:
@@ -241,7 +241,9 @@ class Actions:
             else:
                 self._instances.book.forget(slot.instance_id)
         else:
-            self._instances.record(slot, seen, answered=False)
+            self._instances.record(slot, seen, answered=True)
+        # The caller gets an error and no observation; and events were held back while the action was under way.
+        self._instances.announce(slot)
 
     async def _stop_politely(self, driver: Driver, instance_id: str, grace_s: float) -> None:
         try:

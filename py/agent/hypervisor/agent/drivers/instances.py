@@ -9,7 +9,7 @@ from typing import Protocol
 import msgspec
 
 from hypervisor.agent.drivers.observed import ObservationBook
-from hypervisor.agent.entries import Entry
+from hypervisor.agent.entries import Entry, Phase
 from hypervisor.agent.journal import Journal
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import FailedPrecondition, HypervisorError, NotFound
@@ -141,6 +141,23 @@ class LocalInstances:
         """As :meth:`record`, for what a driver tells unasked; while an action is under way its answer tells it."""
         return self._keep(slot, seen, answered=slot.busy, event=True)
 
+    def last_seen(self) -> tuple[Observation, ...]:
+        """Every instance as it was seen last. Of those whose driver could not be asked since the agent's restart that
+        is what an earlier agent saw, under the sequence it had then."""
+        found = []
+        for slot in self.slots():
+            if slot.entry is not None and slot.entry.phase is not Phase.UNDOING:
+                seen = self.book.newest(slot.instance_id) or slot.entry.last
+                if seen is not None:
+                    found.append(seen)
+        return tuple(found)
+
+    def see_again(self) -> tuple[Observation, ...]:
+        """As :meth:`last_seen`, each that is still being watched seen anew: for a server that has lost sight of the
+        node and takes nothing but newer observations."""
+        self.book.renumber(self.clock.now())
+        return self.last_seen()
+
     def announce(self, slot: Slot) -> None:
         """Tell the listener the newest observation although it was an answer: nobody was there to take it."""
         newest = self.book.newest(slot.instance_id)
@@ -198,5 +215,8 @@ class LocalInstances:
         seen = msgspec.structs.replace(seen, generation=entry.generation, epoch=entry.epoch)
         kept, new = self.book.event(seen) if event else self.book.record(seen)
         if new:
+            if entry.phase is Phase.READY:
+                slot.entry = msgspec.structs.replace(entry, last=kept)
+                self.journal.put_soon(slot.entry)
             self._listener.observed(kept, driver=entry.driver, answered=answered)
         return kept

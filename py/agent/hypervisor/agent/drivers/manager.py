@@ -146,12 +146,11 @@ class Manager:
 
     def last_seen(self) -> tuple[Observation, ...]:
         """Everything of this node as it was seen last, without asking."""
-        present = {
-            slot.instance_id
-            for slot in self._instances.slots()
-            if slot.entry is not None and slot.entry.phase is not Phase.UNDOING
-        }
-        return tuple(seen for seen in self._instances.book.all() if seen.instance_id in present)
+        return self._instances.last_seen()
+
+    def for_registration(self) -> tuple[Observation, ...]:
+        """The same, as new observations: the server may have lost sight of the node."""
+        return self._instances.see_again()
 
     async def stats(self, instance_id: str) -> InstanceStats:
         """A fresh sample. NotFound, FailedPrecondition (``NOT_RUNNING``)."""

@@ -3,7 +3,7 @@
 Pure bookkeeping on the event loop. Sequences rise over restarts of the agent too: the upper bits count its starts.
 """
 
-from collections.abc import Iterable
+from datetime import datetime
 
 import msgspec
 
@@ -38,6 +38,14 @@ class ObservationBook:
         self._events[seen.instance_id] = self._events.get(seen.instance_id, 0) + 1
         return self.record(seen)
 
+    def renumber(self, now: datetime) -> None:
+        """Everything is still as it was seen last: the same observations, made again at ``now``."""
+        for instance_id, seen in self._newest.items():
+            self._sequence += 1
+            self._newest[instance_id] = msgspec.structs.replace(
+                seen, sequence=self._sequence, observed_at=now
+            )
+
     def events_of(self, instance_id: str) -> int:
         """How many events there were of it. A question asked of the driver before an event may be answered from
         before it: when the count changed meanwhile, ask again."""
@@ -46,10 +54,6 @@ class ObservationBook:
     def newest(self, instance_id: str) -> Observation | None:
         """What was last seen of it."""
         return self._newest.get(instance_id)
-
-    def all(self) -> Iterable[Observation]:
-        """The newest of each."""
-        return tuple(self._newest.values())
 
     def forget(self, instance_id: str) -> None:
         """It is gone."""
