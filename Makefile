@@ -21,7 +21,7 @@ demo: setup ## start a one-node cluster, run a container on it, leave it up and 
 
 .PHONY: demo-down
 demo-down: ## end what `make demo` started
-	HYPERVISOR_RELEASE="$(RELEASE)" tools/demo down
+	tools/demo down
 
 .PHONY: test
 test: setup ## build everything, run every test and linter, print the counts
