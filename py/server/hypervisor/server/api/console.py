@@ -56,13 +56,15 @@ class ConsoleHandlers:
                     for message in _messages(event):
                         yield message
         except (asyncio.CancelledError, HypervisorError):
-            # The viewer's own fault ended the session: that is what it should be told.
-            if typing.error is None:
+            # The viewer's own fault ended the session: that is what it should be told, unless it is gone itself.
+            if typing.error is None or _being_cancelled():
                 raise
         finally:
             typing_task.cancel()
             await asyncio.wait({typing_task})
             await session.aclose()
+        if not typing_task.cancelled():
+            typing_task.result()
         if typing.error is not None:
             raise typing.error
 
@@ -121,6 +123,11 @@ class _Typing:
             size: ConsoleSize = console_size("resize", request.resize, wrong)
             wrong.check()
             await self._session.resize(size)
+
+
+def _being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 async def _first(requests: AsyncIterator[instance_pb2.ConsoleInput]) -> instance_pb2.ConsoleInput.Open:

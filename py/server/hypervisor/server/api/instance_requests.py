@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from hypervisor.core.ids import is_id
 from hypervisor.core.model import ConsoleSize, InstanceSpec
@@ -13,7 +14,17 @@ from hypervisor.v1 import compute_pb2, instance_pb2
 from hypervisor.wire.enums import DESIRED_STATE, INSTANCE_TYPE, LABEL_OPERATOR, PLACEMENT_POLICY
 from hypervisor.wire.instances import spec_from_wire
 
-__all__ = ["InstanceRequest", "console_size", "draft_of", "ref_of", "stats_interval", "stop_options"]
+__all__ = [
+    "InstanceRequest",
+    "VersionedRequest",
+    "console_size",
+    "draft_of",
+    "read_ref_of",
+    "ref_of",
+    "stats_interval",
+    "stop_options",
+    "versioned_ref_of",
+]
 
 MAX_GRACE_S = 3600.0
 DEFAULT_GRACE_S = 10.0
@@ -52,12 +63,17 @@ _OUTPUT_ONLY = (
 _MACHINE_FIELDS = ("kernel_path", "initrd_path", "kernel_args")
 _CONTAINER_FIELDS = ("command", "env", "working_dir", "pids_limit")
 
-InstanceRequest = (
-    compute_pb2.GetInstanceRequest
-    | compute_pb2.StartInstanceRequest
+VersionedRequest = (
+    compute_pb2.StartInstanceRequest
     | compute_pb2.StopInstanceRequest
     | compute_pb2.DeleteInstanceRequest
     | compute_pb2.RestartInstanceRequest
+)
+"""Requests that change one instance that exists."""
+
+InstanceRequest = (
+    VersionedRequest
+    | compute_pb2.GetInstanceRequest
     | compute_pb2.GetInstanceStatsRequest
     | compute_pb2.WatchInstanceStatsRequest
     | instance_pb2.ConsoleInput.Open
@@ -231,16 +247,28 @@ def _check_selector(wrong: Violations, constraints: Sequence[instance_pb2.LabelC
             wrong.label_value(f"{field}.values", value)
 
 
-def ref_of(request: InstanceRequest, *, prefix: str = "", wrong: Violations | None = None) -> InstanceRef:
-    """The instance named. InvalidArgument with every wrong field, unless ``wrong`` collects them."""
-    found = wrong or Violations()
-    ref = InstanceRef(
-        instance=found.object_name(f"{prefix}instance", request.instance, "id or name of an instance"),
-        project=found.project(f"{prefix}project", request.project),
-        resource_version=found.resource_version(getattr(request, "resource_version", 0)),
+def ref_of(request: InstanceRequest, *, wrong: Violations, prefix: str = "") -> InstanceRef:
+    """The instance named. ``wrong`` collects what is not legal."""
+    return InstanceRef(
+        instance=wrong.object_name(f"{prefix}instance", request.instance, "id or name of an instance"),
+        project=wrong.project(f"{prefix}project", request.project),
     )
-    if wrong is None:
-        found.check()
+
+
+def versioned_ref_of(request: VersionedRequest, *, wrong: Violations) -> InstanceRef:
+    """The instance named, and the version of it that the caller has seen."""
+    ref = ref_of(request, wrong=wrong)
+    return replace(ref, resource_version=wrong.resource_version(request.resource_version))
+
+
+def read_ref_of(request: compute_pb2.GetInstanceRequest | compute_pb2.GetInstanceStatsRequest) -> InstanceRef:
+    """The instance named. InvalidArgument with every wrong field. Quick for what is nearly always sent: an id."""
+    instance = request.instance
+    if 0 < len(instance) <= MAX_OBJECT_NAME and not request.project:
+        return InstanceRef(instance)
+    wrong = Violations()
+    ref = ref_of(request, wrong=wrong)
+    wrong.check()
     return ref
 
 

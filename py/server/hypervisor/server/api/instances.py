@@ -7,7 +7,15 @@ from hypervisor.core.model import Instance
 from hypervisor.core.states import DesiredState, InstanceStatus, InstanceType
 from hypervisor.server.api.digest import payload_digest
 from hypervisor.server.api.encoding import Encoder, encoded_list
-from hypervisor.server.api.instance_requests import draft_of, ref_of, stats_interval, stop_options
+from hypervisor.server.api.instance_requests import (
+    VersionedRequest,
+    draft_of,
+    read_ref_of,
+    ref_of,
+    stats_interval,
+    stop_options,
+    versioned_ref_of,
+)
 from hypervisor.server.api.listing import Field, Listing, ListQuery, sortable_time
 from hypervisor.server.api.rpc import Call, Handler
 from hypervisor.server.api.violations import Violations
@@ -18,13 +26,6 @@ from hypervisor.wire.instances import stats_to_wire
 __all__ = ["InstanceHandlers"]
 
 _Found = Versioned[Instance]
-_Mutating = (
-    compute_pb2.CreateInstanceRequest
-    | compute_pb2.StartInstanceRequest
-    | compute_pb2.StopInstanceRequest
-    | compute_pb2.DeleteInstanceRequest
-    | compute_pb2.RestartInstanceRequest
-)
 
 LISTING: Listing[_Found] = Listing(
     fields={
@@ -79,7 +80,7 @@ class InstanceHandlers:
         return self._encoder.operation(await self._instances.create(draft, _mutation(request, call)))
 
     async def get(self, request: compute_pb2.GetInstanceRequest, call: Call) -> bytes:
-        return self._encoder.instance_bytes(self._instances.resolve(ref_of(request)))
+        return self._encoder.instance_bytes(self._instances.resolve(read_ref_of(request)))
 
     async def list(self, request: compute_pb2.ListInstancesRequest, call: Call) -> bytes:
         wrong = Violations()
@@ -142,7 +143,7 @@ class InstanceHandlers:
     async def stats(
         self, request: compute_pb2.GetInstanceStatsRequest, call: Call
     ) -> instance_pb2.InstanceStats:
-        return stats_to_wire(await self._instances.stats(ref_of(request), call.caller))
+        return stats_to_wire(await self._instances.stats(read_ref_of(request), call.caller))
 
     async def watch_stats(
         self, request: compute_pb2.WatchInstanceStatsRequest, call: Call
@@ -157,13 +158,12 @@ class InstanceHandlers:
                 yield stats_to_wire(sample)
 
     @staticmethod
-    def _target(request: _Mutating, wrong: Violations) -> InstanceRef:
+    def _target(request: VersionedRequest, wrong: Violations) -> InstanceRef:
         wrong.request_id(request.request_id)
-        assert not isinstance(request, compute_pb2.CreateInstanceRequest)
-        return ref_of(request, wrong=wrong)
+        return versioned_ref_of(request, wrong=wrong)
 
 
-def _mutation(request: _Mutating, call: Call) -> Mutation:
+def _mutation(request: compute_pb2.CreateInstanceRequest | VersionedRequest, call: Call) -> Mutation:
     return Mutation(
         caller=call.caller,
         request_id=request.request_id,

@@ -6,6 +6,7 @@ are one already) and raises ``HypervisorError``; none touches grpc's context.
 """
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -38,7 +39,8 @@ Handler = Callable[[Any, "Call"], Awaitable[Reply]] | Callable[[Any, "Call"], As
 the request, or an async iterator of requests where the client streams."""
 
 _Context = grpc.aio.ServicerContext[Any, Any]
-_log = structlog.get_logger()
+_OK, _CANCELLED = grpc.StatusCode.OK.name, grpc.StatusCode.CANCELLED.name
+_log = structlog.get_logger(__name__)
 
 
 class CallMetrics(Protocol):
@@ -54,14 +56,14 @@ class Call:
 
     __slots__ = ("_caller", "_context", "_headers", "principal", "request_id")
 
-    def __init__(self, context: _Context, new_id: IdSource) -> None:
+    def __init__(self, context: _Context, own_id: str) -> None:
         self._context = context
         self._headers = context.invocation_metadata() or ()
         self._caller: Caller | None = None
         self.principal = ""
         given = self.header(REQUEST_ID_KEY)
         usable = given is not None and 0 < len(given) <= _MAX_REQUEST_ID and given.isprintable()
-        self.request_id = given if given is not None and usable else new_id("r")
+        self.request_id = given if given is not None and usable else own_id
 
     def header(self, name: str) -> str | None:
         """The text value of a metadata key, or None."""
@@ -127,26 +129,12 @@ def _checked(request: object) -> object:
     return request
 
 
-_Body = Callable[[Any, _Context, Call], Awaitable[Reply | None]]
-
-
-def _single_body(handler: Any) -> _Body:
-    async def answer(request: object, _: _Context, call: Call) -> Reply:
-        reply: Reply = await handler(request, call)
-        return reply
-
-    return answer
-
-
-def _stream_body(handler: Any) -> _Body:
+async def _write_all(replies: Any, context: _Context) -> None:
     # A coroutine that writes, not a generator: a cancelled client is then raised here and nowhere else, so that the
     # handler's generator is closed at once and not when the garbage collector finds it.
-    async def answer(request: object, context: _Context, call: Call) -> None:
-        async with aclosing(handler(request, call)) as replies:
-            async for reply in replies:
-                await context.write(reply)
-
-    return answer
+    async with aclosing(replies):
+        async for reply in replies:
+            await context.write(reply)
 
 
 def _stopping_error() -> Unavailable:
@@ -163,7 +151,9 @@ class Dispatcher:
     def __init__(self, *, authenticator: Authenticator, metrics: CallMetrics, new_id: IdSource) -> None:
         self._authenticator = authenticator
         self._metrics = metrics
-        self._new_id = new_id
+        # A fresh id for every call would cost more than the rest of this module: one for the process, and a number.
+        self._id_base = new_id("r")
+        self._numbers = itertools.count(1)
         self._streams: set[asyncio.Task[Any]] = set()
         self._calls: set[asyncio.Task[Any]] = set()
         self._cut_off: set[asyncio.Task[Any]] = set()
@@ -205,7 +195,6 @@ class Dispatcher:
             task.cancel()
 
     def _method(self, method: MethodDescriptor, handler: Handler) -> "grpc.RpcMethodHandler[Any, Any]":
-        body = _stream_body(handler) if method.server_streaming else _single_body(handler)
         make = {
             (False, False): grpc.unary_unary_rpc_method_handler,
             (False, True): grpc.unary_stream_rpc_method_handler,
@@ -213,14 +202,15 @@ class Dispatcher:
             (True, True): grpc.stream_stream_rpc_method_handler,
         }[method.client_streaming, method.server_streaming]
         made: grpc.RpcMethodHandler[Any, Any] = make(
-            self._guard(method, body), request_deserializer=_decoder(method), response_serializer=_encode
+            self._guard(method, handler), request_deserializer=_decoder(method), response_serializer=_encode
         )
         return made
 
-    def _guard(self, method: MethodDescriptor, body: _Body) -> Callable[[Any, _Context], Any]:
+    def _guard(self, method: MethodDescriptor, handler: Any) -> Callable[[Any, _Context], Any]:
         observe = self._metrics.observer(method.name)
         tasks = self._streams if method.server_streaming else self._calls
         streams_in, streams_out, name = method.client_streaming, method.server_streaming, method.name
+        id_base, numbers, authenticate = self._id_base, self._numbers, self._authenticator.authenticate
         log = _log.bind()
         debug = log.is_enabled_for(logging.DEBUG)
 
@@ -229,19 +219,24 @@ class Dispatcher:
             task = asyncio.current_task()
             assert task is not None
             tasks.add(task)
-            call = Call(context, self._new_id)
+            call = Call(context, f"{id_base}-{next(numbers)}")
             # grpc.aio serves every call in a task of its own: what is bound here ends with the call.
             structlog.contextvars.bind_contextvars(request_id=call.request_id)
-            code = grpc.StatusCode.OK.name
+            code = _OK
             error: HypervisorError
             try:
-                call.principal = self._authenticator.authenticate(call).name
+                call.principal = authenticate(call).name
                 if streams_out and self._stopping:
                     raise _stopping_error()
-                return await body(_each_checked(request) if streams_in else _checked(request), context, call)
+                checked = _each_checked(request) if streams_in else _checked(request)
+                if streams_out:
+                    await _write_all(handler(checked, call), context)
+                    return None
+                reply: Reply = await handler(checked, call)
+                return reply
             except asyncio.CancelledError:
                 if task not in self._cut_off:
-                    code = grpc.StatusCode.CANCELLED.name
+                    code = _CANCELLED
                     raise
                 task.uncancel()
                 error = _stopping_error()
@@ -256,7 +251,7 @@ class Dispatcher:
             except Exception as exc:  # a defect of ours: logged here, withheld from the caller
                 if streams_out and context.done():
                     # The client went away between two writes; grpc.aio says so by an error of the write.
-                    code = grpc.StatusCode.CANCELLED.name
+                    code = _CANCELLED
                     return None
                 error = Internal(f"{type(exc).__name__} in {name}")
                 code = code_of(error).name
