@@ -1,19 +1,25 @@
 """A real etcd for tests: one process on free loopback ports, with its data in a temporary directory."""
 
+import asyncio
 import shutil
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import pytest
 
-__all__ = ["EtcdServer", "free_port", "require_etcd"]
+from hypervisor.core.clock import SystemClock
+from hypervisor.core.errors import Unavailable
+from hypervisor.server.store.config import StoreConfig
+from hypervisor.server.store.etcd import EtcdStorage
+
+__all__ = ["EtcdServer", "free_port", "open_etcd", "require_etcd"]
 
 _START_TIMEOUT_S = 20.0
 
@@ -32,6 +38,17 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+async def open_etcd(*endpoints: str, request_timeout_s: float = 2.0) -> EtcdStorage:
+    """A store with short time-outs, so that faults show soon; a busy machine may take several tries to open it."""
+    config = StoreConfig(
+        backend="etcd", endpoints=endpoints, dial_timeout_s=2.0, request_timeout_s=request_timeout_s
+    )
+    async with asyncio.timeout(_START_TIMEOUT_S):
+        while True:
+            with suppress(Unavailable):
+                return await EtcdStorage.open(config, clock=SystemClock())
 
 
 class EtcdServer:

@@ -10,12 +10,10 @@ from pathlib import Path
 import pytest
 from etcdserverpb import rpc_pb2 as pb
 
-from hvtest_etcd import EtcdServer
+from hvtest_etcd import EtcdServer, open_etcd
 from hvtest_storage import apply, conflicted, count_is, eventually, read_watch, unique_root
 from hvtest_tcp_proxy import TcpProxy
-from hypervisor.core.clock import SystemClock
 from hypervisor.core.errors import NotFound, Unavailable
-from hypervisor.server.store.config import StoreConfig
 from hypervisor.server.store.etcd import EtcdStorage
 from hypervisor.server.store.etcd_commit import COMMIT_PREFIX
 from hypervisor.server.store.storage import ABSENT, Committed, Compare, Item, OutcomeUnknown, Put, Storage
@@ -38,7 +36,7 @@ async def proxy(etcd: EtcdServer) -> AsyncIterator[TcpProxy]:
 @pytest.fixture
 async def storage(proxy: TcpProxy) -> AsyncIterator[EtcdStorage]:
     """The store under test."""
-    storage = await _open(proxy.endpoint)
+    storage = await open_etcd(proxy.endpoint)
     # A first commit, so that what follows meets a slot that is ready.
     await apply(storage, Put(unique_root() + "warm", b""))
     yield storage
@@ -48,7 +46,7 @@ async def storage(proxy: TcpProxy) -> AsyncIterator[EtcdStorage]:
 @pytest.fixture
 async def direct(etcd: EtcdServer) -> AsyncIterator[EtcdStorage]:
     """Somebody else, with a connection that works."""
-    storage = await _open(etcd.endpoint)
+    storage = await open_etcd(etcd.endpoint)
     yield storage
     await storage.aclose()
 
@@ -57,13 +55,6 @@ async def direct(etcd: EtcdServer) -> AsyncIterator[EtcdStorage]:
 def root() -> str:
     """A prefix of the test's own."""
     return unique_root()
-
-
-async def _open(*endpoints: str, request_timeout_s: float = 2.0) -> EtcdStorage:
-    config = StoreConfig(
-        backend="etcd", endpoints=endpoints, dial_timeout_s=2.0, request_timeout_s=request_timeout_s
-    )
-    return await EtcdStorage.open(config, clock=SystemClock())
 
 
 async def _exists(storage: Storage, key: str) -> bool:
@@ -176,7 +167,7 @@ async def test_request_that_arrives_after_it_was_settled_changes_nothing(
 async def test_commit_without_any_way_to_read_back_is_outcome_unknown(tmp_path: Path, root: str) -> None:
     with EtcdServer(tmp_path / "etcd") as etcd:
         async with TcpProxy(etcd.port) as proxy:
-            storage = await _open(proxy.endpoint, request_timeout_s=1.0)
+            storage = await open_etcd(proxy.endpoint, request_timeout_s=1.0)
             await apply(storage, Put(root + "warm", b""))
             proxy.hold_answers_after(b"value-of-unknown-fate")
             committing = asyncio.create_task(storage.commit([], [Put(root + "k", b"value-of-unknown-fate")]))
@@ -196,7 +187,7 @@ async def test_commit_without_any_way_to_read_back_is_outcome_unknown(tmp_path: 
 
 async def test_commit_to_a_dead_etcd_is_unavailable_and_not_applied(tmp_path: Path, root: str) -> None:
     with EtcdServer(tmp_path / "etcd") as etcd:
-        storage = await _open(etcd.endpoint)
+        storage = await open_etcd(etcd.endpoint)
         await apply(storage, Put(root + "warm", b""))
         etcd.kill()
         # The first may meet the connection while it breaks, and be of unknown outcome; not the next.
@@ -239,7 +230,7 @@ async def test_slots_that_lost_their_lease_are_replaced(
 async def test_acknowledged_commits_survive_kill_and_restart(tmp_path: Path, root: str) -> None:
     """etcd is killed in the middle of many commits: each is applied exactly as often as was reported."""
     with EtcdServer(tmp_path / "etcd") as etcd:
-        storage = await _open(etcd.endpoint, request_timeout_s=8.0)
+        storage = await open_etcd(etcd.endpoint, request_timeout_s=8.0)
         start = await storage.current_revision()
         acknowledged: dict[str, int] = {}
         unknown: set[str] = set()
@@ -281,7 +272,7 @@ async def test_acknowledged_commits_survive_kill_and_restart(tmp_path: Path, roo
 
 async def test_commits_and_watches_go_on_over_the_endpoint_that_is_left(etcd: EtcdServer, root: str) -> None:
     async with TcpProxy(etcd.port) as one, TcpProxy(etcd.port) as two:
-        storage = await _open(one.endpoint, two.endpoint)
+        storage = await open_etcd(one.endpoint, two.endpoint)
         start = await storage.current_revision()
         async with aclosing(storage.watch(root, after_revision=start)) as watch:
             for step, (dead, alive) in enumerate([(one, two), (two, one), (one, two)]):

@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hvtest_etcd import EtcdServer
+from hvtest_etcd import EtcdServer, open_etcd
 from hvtest_storage import apply, changes_of, unique_root
 from hvtest_tcp_proxy import TcpProxy
-from hypervisor.core.clock import SystemClock
-from hypervisor.server.store.config import StoreConfig
 from hypervisor.server.store.etcd import EtcdStorage
 from hypervisor.server.store.storage import Compacted, Delete, Put, WatchBatch
 
@@ -33,7 +31,7 @@ async def proxy(etcd: EtcdServer) -> AsyncIterator[TcpProxy]:
 @pytest.fixture
 async def storage(proxy: TcpProxy) -> AsyncIterator[EtcdStorage]:
     """The store under test."""
-    storage = await _open(proxy.endpoint)
+    storage = await open_etcd(proxy.endpoint)
     yield storage
     await storage.aclose()
 
@@ -41,7 +39,7 @@ async def storage(proxy: TcpProxy) -> AsyncIterator[EtcdStorage]:
 @pytest.fixture
 async def direct(etcd: EtcdServer) -> AsyncIterator[EtcdStorage]:
     """Somebody else, with a connection that works."""
-    storage = await _open(etcd.endpoint)
+    storage = await open_etcd(etcd.endpoint)
     yield storage
     await storage.aclose()
 
@@ -50,11 +48,6 @@ async def direct(etcd: EtcdServer) -> AsyncIterator[EtcdStorage]:
 def root() -> str:
     """A prefix of the test's own."""
     return unique_root()
-
-
-async def _open(endpoint: str) -> EtcdStorage:
-    config = StoreConfig(backend="etcd", endpoints=(endpoint,), dial_timeout_s=2.0, request_timeout_s=2.0)
-    return await EtcdStorage.open(config, clock=SystemClock())
 
 
 async def _fill(storage: EtcdStorage, root: str, count: int) -> list[int]:
@@ -197,7 +190,7 @@ async def test_quiet_watch_on_a_sound_connection_is_left_alone(
 
 async def test_watch_and_lease_survive_kill_and_restart_of_etcd(tmp_path: Path, root: str) -> None:
     with EtcdServer(tmp_path / "etcd") as etcd:
-        storage = await _open(etcd.endpoint)
+        storage = await open_etcd(etcd.endpoint)
         lease = await storage.grant_lease(30)
         start = await storage.current_revision()
         seen: list[int] = []
@@ -221,7 +214,7 @@ async def test_store_restored_from_an_older_backup_is_told(tmp_path: Path, root:
     """An etcd that is younger than the watch's position: waiting for it to catch up would skip its history."""
     with EtcdServer(tmp_path / "first") as first:
         async with TcpProxy(first.port) as proxy:
-            storage = await _open(proxy.endpoint)
+            storage = await open_etcd(proxy.endpoint)
             for n in range(20):
                 last = await apply(storage, Put(f"{root}{n}", b""))
             async with aclosing(storage.watch(root, after_revision=last - 1)) as watch:

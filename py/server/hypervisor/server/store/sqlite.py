@@ -184,8 +184,7 @@ class SqliteStorage:
         """See ``Storage.grant_lease``."""
         check_ttl(ttl_s)
         lease = Lease(self._new_lease_id(), ttl_s)
-        # The timer stands before the lease does: a caller cancelled meanwhile leaves no lease that never
-        # ends.
+        # The timer stands before the lease does: a caller cancelled meanwhile leaves none that never ends.
         self._timers.add(lease.id, ttl_s, now=self._clock.monotonic())
         await self._write(lambda engine: engine.grant(lease))
         self._timers.add(lease.id, ttl_s, now=self._clock.monotonic())

@@ -19,8 +19,7 @@ Vocabulary
 
 Guarantees
 ----------
-* ``commit`` is atomic, durable when it returns, and linearizable: compares and writes happen at one point in
-  time.
+* ``commit`` is atomic, durable when it returns, and linearizable (compares and writes are one moment).
 * Reads (``get``, ``list``) are linearizable unless a backend is asked for a revision in the past.
 * A watch delivers every change of its prefix exactly once, in revision order, all changes of one revision
   together in one batch. After a lost connection it resumes by itself from the last *delivered* revision;
