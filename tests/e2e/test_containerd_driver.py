@@ -200,8 +200,10 @@ class TestLifecycle:
         made = await started(driver, spec)
         console = await driver.attach(made.instance_id)
 
+        # cgroup v1 has the first file, v2 the second.
+        await console.write(b"cat /sys/fs/cgroup/cpu/cpu.cfs_quota_us /sys/fs/cgroup/cpu.max\n")
+        await read_until(console, b"\n25000")
         await console.write(b"for i in $(seq 40); do sleep 100 & done\n")
-
         # The shell says so when it cannot fork any more.
         await read_until(console, b"can't fork")
         assert (await driver.stats(made.instance_id)).memory_limit_bytes == 48 * MIB

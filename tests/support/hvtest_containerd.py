@@ -1,5 +1,6 @@
 """A private containerd for tests: its own directories and socket, no CRI, and checks that nothing is left behind."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -178,11 +179,14 @@ class PrivateContainerd:
 
 def _remove_cgroup(path: Path) -> None:
     """End what runs in a control group that nobody manages any more, and remove it."""
-    for name in (path / "cgroup.procs").read_text().split() if path.exists() else ():
-        try:
+    try:
+        inside = (path / "cgroup.procs").read_text().split()
+    except OSError:
+        # It went away by itself.
+        return
+    for name in inside:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(int(name), signal.SIGKILL)
-        except ProcessLookupError:
-            continue
     eventually(lambda: _try_rmdir(path), what=f"{path} is empty")
 
 

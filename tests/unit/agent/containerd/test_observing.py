@@ -27,6 +27,7 @@ def record(*, started: bool = True, end: RunEnd | None = None) -> Record:
         name="box",
         project="default",
         stop_signal=15,
+        cpu_millis=250,
         started_at=START if started else None,
         end=end,
     )

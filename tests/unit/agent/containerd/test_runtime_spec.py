@@ -10,7 +10,6 @@ from hypervisor.agent.drivers.containerd.runtime_spec import (
     CAPABILITIES,
     HostFeatures,
     build_runtime_spec,
-    cpu_limit,
     merge_environment,
 )
 from hypervisor.core.errors import InvalidArgument
@@ -73,25 +72,10 @@ def test_the_environment_of_the_spec_wins_over_the_image_and_the_image_over_defa
     assert merged == ["PATH=/image", "TERM=xterm-256color", "A=image", "B=spec", "C=spec"]
 
 
-@pytest.mark.parametrize(
-    ("millis", "quota", "period", "shares"),
-    [
-        (1000, 100_000, 100_000, 1024),
-        (250, 25_000, 100_000, 256),
-        (64_000, 6_400_000, 100_000, 65_536),
-        (10, 1_000, 100_000, 10),
-        (5, 1_000, 200_000, 5),
-        (1, 1_000, 1_000_000, 2),
-        (1_024_000, 102_400_000, 100_000, 262_144),
-    ],
-)
-def test_processor_limits_keep_to_what_the_kernel_accepts(
-    millis: int, quota: int, period: int, shares: int
-) -> None:
-    limit = cpu_limit(millis)
-
-    assert (limit.quota_us, limit.period_us, limit.shares) == (quota, period, shares)
-    assert limit.quota_us / limit.period_us == pytest.approx(millis / 1000)
+def test_the_processor_quota_is_left_to_the_start() -> None:
+    assert build(InstanceSpec(command=("sh",), cpu_millis=250))["linux"]["resources"]["cpu"] == {
+        "shares": 256
+    }
 
 
 def test_memory_and_process_limits_are_those_of_the_spec() -> None:

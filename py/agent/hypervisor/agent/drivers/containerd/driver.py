@@ -5,7 +5,6 @@ import os
 import random
 import re
 import resource
-import signal
 from collections.abc import AsyncIterator
 
 import structlog
@@ -15,6 +14,7 @@ from hypervisor.agent.drivers.containerd import oci
 from hypervisor.agent.drivers.containerd.client import Client
 from hypervisor.agent.drivers.containerd.config import ContainerdConfig
 from hypervisor.agent.drivers.containerd.console import ConsoleFifos, FifoConsole
+from hypervisor.agent.drivers.containerd.cpu_quota import apply_cpu_limit, cpu_limit
 from hypervisor.agent.drivers.containerd.events import EventFeed, EventHandlers
 from hypervisor.agent.drivers.containerd.images import ImageStore, ResolvedImage
 from hypervisor.agent.drivers.containerd.labels import Record
@@ -119,9 +119,8 @@ class ContainerdDriver:
             epoch=assignment.epoch,
             name=assignment.name,
             project=assignment.project,
-            stop_signal=parse_signal(image.config.stop_signal)
-            if image.config.stop_signal
-            else signal.SIGTERM,
+            stop_signal=parse_signal(image.config.stop_signal or "SIGTERM"),
+            cpu_millis=assignment.spec.cpu_millis,
         )
         async with self._tracker.locks.hold(instance_id):
             making = asyncio.ensure_future(self._make(record, image, spec))
@@ -236,6 +235,7 @@ class ContainerdDriver:
                 instance_id, mounts=mounts, stdin=str(stdin), stdout=str(stdout)
             )
             live.cgroup = self._tracker.locate(live.pid)
+            self._limit_cpu(live)
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._runtime.update_container(record))
                 group.create_task(self._runtime.start_task(instance_id))
@@ -248,6 +248,20 @@ class ContainerdDriver:
             raise
         live.record, live.never_started = record, False
         return await self._tracker.observe(record, TaskState(phase=TaskPhase.RUNNING, pid=live.pid))
+
+    @staticmethod
+    def _limit_cpu(live: Live) -> None:
+        try:
+            if live.cgroup is None:
+                raise FileNotFoundError("the process has no control group")
+            apply_cpu_limit(live.cgroup, cpu_limit(live.record.cpu_millis))
+        except OSError as exc:
+            raise FailedPrecondition(
+                f"instance {live.record.instance_id} cannot be limited to {live.record.cpu_millis} thousandths of a "
+                f"core ({exc}): check that the node's cpu controller is enabled",
+                reason="CPU_LIMIT_REFUSED",
+                metadata={"instance_id": live.record.instance_id},
+            ) from exc
 
     async def _undo_start(self, instance_id: str) -> None:
         try:

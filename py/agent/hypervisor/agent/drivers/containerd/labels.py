@@ -16,6 +16,7 @@ _EPOCH = "hypervisor/epoch"
 _NAME = "hypervisor/name"
 _PROJECT = "hypervisor/project"
 _STOP_SIGNAL = "hypervisor/stop-signal"
+_CPU_MILLIS = "hypervisor/cpu-millis"
 _STARTED_AT = "hypervisor/started-at"
 _FINISHED_AT = "hypervisor/finished-at"
 _EXIT_CODE = "hypervisor/exit-code"
@@ -44,6 +45,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     project: str
     stop_signal: int
+    cpu_millis: int
+    """What a start limits it to."""
     started_at: datetime | None = None
     end: RunEnd | None = None
 
@@ -56,6 +59,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
             _NAME: self.name,
             _PROJECT: self.project,
             _STOP_SIGNAL: str(self.stop_signal),
+            _CPU_MILLIS: str(self.cpu_millis),
         }
         if self.started_at is not None:
             labels[_STARTED_AT] = self.started_at.isoformat()
@@ -86,6 +90,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
                 name=labels[_NAME],
                 project=labels[_PROJECT],
                 stop_signal=int(labels[_STOP_SIGNAL]),
+                cpu_millis=int(labels[_CPU_MILLIS]),
                 started_at=None if started is None else datetime.fromisoformat(started),
                 end=end,
             )

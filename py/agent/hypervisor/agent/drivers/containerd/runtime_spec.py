@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hypervisor.agent.drivers.containerd.accounts import Account
+from hypervisor.agent.drivers.containerd.cpu_quota import cpu_limit
 from hypervisor.agent.drivers.containerd.oci import ProcessConfig
 from hypervisor.agent.drivers.containerd.seccomp import default_profile
 from hypervisor.core.errors import InvalidArgument
@@ -18,10 +19,8 @@ from hypervisor.core.resources import MIB
 __all__ = [
     "CAPABILITIES",
     "MAX_OPEN_FILES",
-    "CpuLimit",
     "HostFeatures",
     "build_runtime_spec",
-    "cpu_limit",
     "merge_environment",
 ]
 
@@ -82,21 +81,6 @@ _NAMESPACES = ("pid", "ipc", "uts", "mount", "network", "cgroup")
 _OPEN_FILES_SOFT = 1024
 MAX_OPEN_FILES = 524_288
 
-_PERIOD_US = 100_000
-_MIN_QUOTA_US = 1_000
-_MAX_PERIOD_US = 1_000_000
-_MIN_SHARES = 2
-_MAX_SHARES = 262_144
-
-
-@dataclass(frozen=True, slots=True)
-class CpuLimit:
-    """CFS bandwidth and weight: at most ``quota_us`` of each ``period_us``."""
-
-    quota_us: int
-    period_us: int
-    shares: int
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostFeatures:
@@ -107,15 +91,6 @@ class HostFeatures:
     """Whether the kernel can limit swap; then containers get none."""
     open_files: int
     """How many files a process may raise its limit to, at most ``MAX_OPEN_FILES``; not more than the node allows."""
-
-
-def cpu_limit(cpu_millis: int) -> CpuLimit:
-    """The limit for thousandths of a core. The kernel refuses quotas under 1 ms, so tiny ones get a longer period."""
-    shares = min(_MAX_SHARES, max(_MIN_SHARES, cpu_millis * 1024 // 1000))
-    quota = cpu_millis * _PERIOD_US // 1000
-    if quota >= _MIN_QUOTA_US:
-        return CpuLimit(quota, _PERIOD_US, shares)
-    return CpuLimit(_MIN_QUOTA_US, min(_MAX_PERIOD_US, _MIN_QUOTA_US * 1000 // max(1, cpu_millis)), shares)
 
 
 def merge_environment(image: Sequence[str], instance: Mapping[str, str]) -> list[str]:
@@ -165,7 +140,6 @@ def build_runtime_spec(
     working_dir = spec.working_dir or config.working_dir or "/"
     if not working_dir.startswith("/"):
         raise InvalidArgument.of_field("spec.working_dir", "must be an absolute path")
-    cpu = cpu_limit(spec.cpu_millis)
     memory_bytes = spec.memory_mb * MIB
     memory: dict[str, Any] = {"limit": memory_bytes}
     if host.swap_limit:
@@ -177,7 +151,8 @@ def build_runtime_spec(
         "cgroupsPath": cgroups_path,
         "namespaces": [{"type": kind} for kind in _NAMESPACES],
         "resources": {
-            "cpu": {"quota": cpu.quota_us, "period": cpu.period_us, "shares": cpu.shares},
+            # The quota is set before the start; see cpu_quota.py.
+            "cpu": {"shares": cpu_limit(spec.cpu_millis).shares},
             "memory": memory,
             "pids": {"limit": spec.pids_limit},
             "devices": [{"allow": False, "access": "rwm"}],
