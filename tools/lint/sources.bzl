@@ -3,6 +3,7 @@
 LINTED_PACKAGES = [
     "//",
     "//bench",
+    "//docs",
     "//ext",
     "//packaging",
     "//proto",
@@ -13,6 +14,7 @@ LINTED_PACKAGES = [
     "//py/server",
     "//py/wire",
     "//tests/contract",
+    "//tests/docs",
     "//tests/e2e",
     "//tests/fault",
     "//tests/fault/store",
