@@ -187,7 +187,6 @@ def test_two_viewers_share_one_console(cluster: ProgramCluster, image: str) -> N
     [
         ("exit 0", "STOPPED", "EXITED", 0),
         ("exit 7", "FAILED", "EXITED", 7),
-        ("kill -9 $$", "FAILED", "KILLED", 137),
     ],
 )
 def test_an_exit_is_seen_with_its_code_and_reason(
@@ -203,6 +202,19 @@ def test_an_exit_is_seen_with_its_code_and_reason(
         assert int(seen.get("exit_code", 0)) == code
     finally:
         cluster.must("instance", "delete", "exits", "--force")
+    cluster.assert_nothing_left()
+
+
+def test_a_kill_from_outside_is_seen_as_one(cluster: ProgramCluster, image: str) -> None:
+    cluster.must("instance", "create", "victim", "--image", image, *SMALL, "--", "sleep", "600")
+    rows = cluster.containerd.ctr("tasks", "ls").stdout.splitlines()[1:]
+    subprocess.run(["kill", "-9", rows[0].split()[1]], check=True)
+
+    seen = cluster.wait_status("victim", "FAILED")
+
+    assert seen["status_reason"] == "KILLED"
+    assert int(seen["exit_code"]) == 137
+    cluster.must("instance", "delete", "victim", "--force")
     cluster.assert_nothing_left()
 
 

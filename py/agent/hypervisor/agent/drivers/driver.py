@@ -136,7 +136,8 @@ class Driver(Protocol):
         ...
 
     async def attach(self, instance_id: str) -> Console:
-        """The instance's terminal. ``FailedPrecondition`` (``NOT_RUNNING``); one attachment at a time."""
+        """The instance's terminal; one attachment at a time. ``FailedPrecondition`` (``NOT_RUNNING``), but an instance
+        that has ended can still be attached to while output is left that nobody has read."""
         ...
 
     async def recover(self, instance_id: str, handle: Handle) -> Observation | None:
