@@ -9,7 +9,9 @@ PAGE = Path(os.environ.get("CLI_REFERENCE", "docs/guide/cli.md"))
 
 
 def test_the_page_is_what_the_commands_say():
-    assert PAGE.read_text(encoding="utf-8") == reference(), "run: python -m hypervisor.ctl.reference > docs/guide/cli.md"
+    assert PAGE.read_text(encoding="utf-8") == reference(), (
+        "run: python -m hypervisor.ctl.reference > docs/guide/cli.md"
+    )
 
 
 def test_every_command_of_the_tree_is_there():
