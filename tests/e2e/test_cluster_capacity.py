@@ -35,7 +35,7 @@ def test_a_hundred_creates_at_once(cluster: ProgramCluster, image: str) -> None:
 
         def create(number: int) -> grpc.RpcError | None:
             spec = instance_pb2.InstanceSpec(
-                image=image, cpu_cores=0.001, memory_mb=memory_mb, command=["sleep", "600"]
+                image=image, cpu_cores=0.02, memory_mb=memory_mb, command=["sleep", "600"]
             )
             request = compute_pb2.CreateInstanceRequest(
                 request_id=str(uuid.uuid4()),

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(bool(missing_programs()), reason=f"needs {', '.j
 def containerd() -> Iterator[PrivateContainerd]:
     # Short: shims have sockets below it, whose paths have at most 107 bytes.
     directory = Path(tempfile.mkdtemp(prefix="hv", dir="/tmp"))
-    with PrivateContainerd(directory) as private:
+    with PrivateContainerd(directory, namespace=f"test-{directory.name}") as private:
         yield private
 
 
@@ -322,7 +322,10 @@ from hvtest_containers import assignment
 told = json.loads(sys.argv[1])
 async def main():
     config = ContainerdConfig(
-        address=Path(told["address"]), console_root=Path(told["consoles"]), archive_roots=(Path(told["images"]),)
+        address=Path(told["address"]),
+        namespace=told["namespace"],
+        console_root=Path(told["consoles"]),
+        archive_roots=(Path(told["images"]),),
     )
     driver = ContainerdDriver(config, clock=SystemClock(), new_id=new_id, rng=random.Random(1))
     made = assignment(InstanceSpec(image=told["image"], memory_mb=64))
@@ -341,6 +344,7 @@ class TestFailure:
     ) -> None:
         told = {
             "address": str(bench.config.address),
+            "namespace": bench.config.namespace,
             "consoles": str(bench.config.console_root),
             "images": str(bench.images),
             "image": bench.shell().image,

@@ -20,7 +20,7 @@ def test_defaults_are_a_worker_on_loopback_that_runs_containers() -> None:
     assert (settings.agent.bind, settings.agent.port) == ("127.0.0.1", 50052)
     assert settings.agent.server_address == ("127.0.0.1:50051",)
     assert settings.node.role is NodeRole.WORKER
-    assert settings.drivers.enabled == ("container",)
+    assert settings.drivers.enabled == ("vm", "container", "microvm")
     assert settings.server_tls() is None
     assert settings.client_tls() is None
 

@@ -117,7 +117,7 @@ class DriversSection(Section):
     """What runs instances here."""
 
     enabled: tuple[str, ...] = pydantic.Field(
-        default=("container",),
+        default=("vm", "container", "microvm"),
         description="Instance types (`vm`, `container`, `microvm`) or names of drivers (`fake`, a third party's).",
     )
     health_interval: Duration = pydantic.Field(

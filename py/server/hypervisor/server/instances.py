@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Callable
 from functools import partial
 
 from hypervisor.core.clock import Clock
-from hypervisor.core.errors import FailedPrecondition
+from hypervisor.core.errors import FailedPrecondition, NotFound
 from hypervisor.core.ids import IdSource
 from hypervisor.core.model import ConsoleSize, Instance, InstanceStats, Node, OperationRecord
 from hypervisor.core.states import ACTIVE, NodeStatus
@@ -37,6 +37,7 @@ from hypervisor.server.view import StoreView
 
 __all__ = ["InstanceService"]
 
+_ONLY_PROJECT = "default"
 _STATS_TIMEOUT_S = 10.0
 _CONSOLE_TIMEOUT_S = 10.0
 
@@ -68,6 +69,7 @@ class InstanceService:
         self._last_stats = last_stats
 
     async def create(self, draft: InstanceDraft, mutation: Mutation) -> Versioned[OperationRecord]:
+        _check_project(draft.project)
         operation = self._operations.open(
             "create",
             mutation,
@@ -84,6 +86,7 @@ class InstanceService:
         return await self._operations.conclude(decided, wait=mutation.wait)
 
     async def plan(self, draft: InstanceDraft) -> Instance:
+        _check_project(draft.project)
         batch = Batch(self._committer.known, now=self._clock.now())
         return self._placer.preview(batch.draft(), draft)
 
@@ -177,3 +180,13 @@ class InstanceService:
                 metadata={"instance_id": instance.id, "status": instance.status.value},
             )
         return instance, node.value
+
+
+def _check_project(project: str) -> None:
+    """Instances live in projects that exist; this version has one."""
+    if project != _ONLY_PROJECT:
+        raise NotFound(
+            f"there is no project {project}: this version has {_ONLY_PROJECT} only",
+            reason="PROJECT_NOT_FOUND",
+            metadata={"project": project},
+        )
