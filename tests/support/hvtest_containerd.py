@@ -41,6 +41,7 @@ class PrivateContainerd:
     """Starts, kills and ends one containerd below ``directory``; ``with`` does the first and the last.
 
     ``directory`` has to be short: shims have a socket below it, and a socket's path has at most 107 bytes.
+    Control groups are named after the namespace, so tests that run beside others need one of their own.
     """
 
     def __init__(self, directory: Path, *, namespace: str = "hypervisor") -> None:
@@ -129,15 +130,14 @@ class PrivateContainerd:
 
     def cgroups(self) -> list[str]:
         """Control groups of containers in its namespace."""
+        return [
+            str(child) for parent in self._cgroup_parents() for child in parent.iterdir() if child.is_dir()
+        ]
+
+    def _cgroup_parents(self) -> list[Path]:
         root = Path("/sys/fs/cgroup")
         parents = [root / self.namespace, *(d / self.namespace for d in root.iterdir() if d.is_dir())]
-        return [
-            str(child)
-            for parent in parents
-            if parent.is_dir()
-            for child in parent.iterdir()
-            if child.is_dir()
-        ]
+        return [parent for parent in parents if parent.is_dir()]
 
     def leftovers(self) -> dict[str, list[str]]:
         """What containers left in it, by kind; imported images with their snapshots are no leftovers."""
@@ -154,8 +154,14 @@ class PrivateContainerd:
         }
         return {kind: names for kind, names in found.items() if names}
 
+    def _made_here(self) -> set[str]:
+        """Ids of the containers that have a task in this containerd, running or not."""
+        tasks = self.directory / "state" / "io.containerd.runtime.v2.task" / self.namespace
+        return {entry.name for entry in tasks.iterdir()} if tasks.is_dir() else set()
+
     def end_everything(self) -> None:
         """End containers, shims and containerd, and remove the directory."""
+        ours = self._made_here()
         if self._process is not None and self._process.poll() is None:
             for name in self._listed("tasks", "ls", "-q"):
                 self.ctr("tasks", "rm", "-f", name, check=False)
@@ -173,7 +179,13 @@ class PrivateContainerd:
         for path in sorted(self.mounts(), reverse=True):
             subprocess.run(["umount", "-l", path], check=False, capture_output=True)
         for path in self.cgroups():
-            _remove_cgroup(Path(path))
+            # Other tests may be using the same namespace in another containerd.
+            if Path(path).name in ours:
+                _remove_cgroup(Path(path))
+        for parent in self._cgroup_parents():
+            # Refused while somebody else's containers are in it.
+            with contextlib.suppress(OSError):
+                parent.rmdir()
         shutil.rmtree(self.directory, ignore_errors=True)
 
 

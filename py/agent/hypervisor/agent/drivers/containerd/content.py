@@ -13,6 +13,7 @@ from google.protobuf import field_mask_pb2
 
 from hypervisor.agent.drivers.containerd.client import Client
 from hypervisor.agent.drivers.containerd.oci import MAX_DOCUMENT_BYTES, Descriptor, digest_of, invalid_image
+from hypervisor.agent.drivers.containerd.uninterrupted import uninterrupted
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import AlreadyExists, HypervisorError, NotFound
 from hypervisor.core.ids import IdSource
@@ -38,24 +39,24 @@ class ContentStore:
     async def lease(self) -> AsyncIterator[str]:
         """Keep what is made under this lease from being collected inside the ``async with``."""
         expires = (self._clock.now() + _LEASE_LIFE).strftime("%Y-%m-%dT%H:%M:%SZ")
-        reply = await self._client.call(
-            self._client.leases.Create,
-            leases_pb2.CreateRequest(id=self._new_id("l"), labels={"containerd.io/gc.expire": expires}),
-            what="begin a lease",
-        )
+        lease = self._new_id("l")
+        request = leases_pb2.CreateRequest(id=lease, labels={"containerd.io/gc.expire": expires})
         try:
-            yield reply.lease.id
+            await uninterrupted(self._client.call(self._client.leases.Create, request, what="begin a lease"))
+            yield lease
         except BaseException:
             # With `sync` what the failed work made is gone when this returns, and not some time later.
-            await asyncio.shield(self._end_lease(reply.lease.id, sync=True))
+            await uninterrupted(self._end_lease(lease, sync=True))
             raise
-        await self._end_lease(reply.lease.id, sync=False)
+        await uninterrupted(self._end_lease(lease, sync=False))
 
     async def _end_lease(self, lease: str, *, sync: bool) -> None:
         try:
             await self._client.call(
                 self._client.leases.Delete, leases_pb2.DeleteRequest(id=lease, sync=sync), what="end a lease"
             )
+        except NotFound:
+            return
         except HypervisorError as exc:
             # The work is done or has failed already, and the lease expires by itself.
             _log.warning("containerd_lease_not_ended", lease=lease, error=str(exc))
@@ -75,7 +76,7 @@ class ContentStore:
         except AlreadyExists:
             return
         except BaseException:
-            await asyncio.shield(self._abort(reference))
+            await uninterrupted(self._abort(reference))
             raise
 
     async def _stream(

@@ -19,6 +19,7 @@ from hypervisor.agent.drivers.containerd.config import ContainerdConfig
 from hypervisor.agent.drivers.containerd.content import ContentStore
 from hypervisor.agent.drivers.containerd.keyed_locks import KeyedLocks
 from hypervisor.agent.drivers.containerd.rootfs import read_accounts
+from hypervisor.agent.drivers.containerd.uninterrupted import uninterrupted
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from hypervisor.core.ids import IdSource
@@ -200,7 +201,7 @@ class ImageStore:
         try:
             passwd, group = await asyncio.to_thread(read_accounts, tuple(reply.mounts))
         finally:
-            await asyncio.shield(self._remove_snapshot(key))
+            await uninterrupted(self._remove_snapshot(key))
         try:
             return resolve_account(user, passwd=passwd, group=group)
         except ValueError as exc:
@@ -406,4 +407,4 @@ class ImageStore:
                 pass
         finally:
             if not committed:
-                await asyncio.shield(self._remove_snapshot(key))
+                await uninterrupted(self._remove_snapshot(key))
