@@ -87,7 +87,7 @@ class ClusterDouble:
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
 
-    def _handlers(self) -> "grpc.GenericRpcHandler[Any, Any]":
+    def _handlers(self) -> "grpc.GenericRpcHandler":
         """The agents' side of ClusterService; whatever else is called answers UNIMPLEMENTED."""
         service = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"]
         serve: dict[str, tuple[Any, Any]] = {

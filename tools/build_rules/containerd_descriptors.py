@@ -3,8 +3,8 @@
 The wheel's modules were generated in 2021 and cannot be imported beside a current protobuf, but each holds its file's
 serialized descriptor as a bytes literal. This reads those literals (the modules are parsed, never run), drops what
 matters to Go alone (gogoproto and containerd's plugin options) and moves the files from ``containerd/`` to
-``containerd_api/``, so that the Python modules are ``containerd_api.services.tasks.v1.tasks_pb2``. Package names, and so
-service and message names on the wire, stay as they are.
+``containerd_api/``, so that the Python modules are ``containerd_api.services.tasks.v1.tasks_pb2``. Package names, and
+so service and message names on the wire, stay as they are.
 
     python containerd_descriptors.py DIRECTORY_WITH_THE_UNPACKED_WHEEL OUT.pb
 """

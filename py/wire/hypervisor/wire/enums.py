@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from hypervisor.v1 import instance_pb2, node_pb2, operation_pb2
-
 from hypervisor.core import states
 from hypervisor.core.errors import InvalidArgument
+from hypervisor.v1 import instance_pb2, node_pb2, operation_pb2
 
 if TYPE_CHECKING:  # the name exists in the type stubs only
     from google.protobuf.internal.enum_type_wrapper import _EnumTypeWrapper

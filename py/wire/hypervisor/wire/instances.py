@@ -1,5 +1,9 @@
 """Instances on the wire: spec, record, statistics, observation, assignment fields."""
 
+from hypervisor.core.errors import InvalidArgument
+from hypervisor.core.model import Instance, InstanceSpec, InstanceStats, LabelConstraint, Observation
+from hypervisor.core.resources import cores, millicores
+from hypervisor.core.states import LabelOperator
 from hypervisor.v1 import cluster_pb2, instance_pb2
 from hypervisor.wire.enums import (
     DESIRED_STATE,
@@ -9,11 +13,6 @@ from hypervisor.wire.enums import (
     PLACEMENT_POLICY,
 )
 from hypervisor.wire.times import datetime_of, timestamp_of
-
-from hypervisor.core.errors import InvalidArgument
-from hypervisor.core.model import Instance, InstanceSpec, InstanceStats, LabelConstraint, Observation
-from hypervisor.core.resources import cores, millicores
-from hypervisor.core.states import LabelOperator
 
 __all__ = [
     "instance_to_wire",

@@ -2,12 +2,11 @@
 
 from datetime import datetime
 
+from hypervisor.core.model import Allocation, Capability, DriverInfo, Node, NodeResources
+from hypervisor.core.resources import cores, millicores
 from hypervisor.v1 import node_pb2
 from hypervisor.wire.enums import INSTANCE_TYPE, NODE_ROLE, NODE_STATUS
 from hypervisor.wire.times import timestamp_of
-
-from hypervisor.core.model import Allocation, Capability, DriverInfo, Node, NodeResources
-from hypervisor.core.resources import cores, millicores
 
 __all__ = [
     "driver_from_wire",

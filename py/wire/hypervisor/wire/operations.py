@@ -1,13 +1,13 @@
 """Operations on the wire, and errors as operations keep them."""
 
 from google.rpc import status_pb2
-from hypervisor.v1 import instance_pb2, node_pb2, operation_pb2
-from hypervisor.wire.enums import OPERATION_STATE
-from hypervisor.wire.times import timestamp_of
 
 from hypervisor.core import errors
 from hypervisor.core.grpc_errors import to_status
 from hypervisor.core.model import ErrorRecord, OperationRecord
+from hypervisor.v1 import instance_pb2, node_pb2, operation_pb2
+from hypervisor.wire.enums import OPERATION_STATE
+from hypervisor.wire.times import timestamp_of
 
 __all__ = ["operation_to_wire", "status_of_record"]
 

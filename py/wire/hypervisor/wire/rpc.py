@@ -167,7 +167,7 @@ class Dispatcher:
 
     def service(
         self, descriptor: ServiceDescriptor, handlers: Mapping[str, Handler]
-    ) -> "grpc.GenericRpcHandler[Any, Any]":
+    ) -> "grpc.GenericRpcHandler":
         """The service, for ``server.add_generic_rpc_handlers``.
 
         TypeError unless there is a handler for each of its methods and for nothing else: no method is forgotten.
