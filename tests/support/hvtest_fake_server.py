@@ -269,7 +269,7 @@ class FakeServer(
     def StartInstance(self, request: Any, context: Any) -> operation_pb2.Operation:
         def change(instance: instance_pb2.Instance) -> None:
             if instance.status == RUNNING:
-                raise errors.FailedPrecondition(f"{instance.name} runs already", reason="ALREADYRUNNING")
+                raise errors.FailedPrecondition(f"{instance.name} runs already", reason="ALREADY_RUNNING")
             self.change_instance(instance, RUNNING, "STARTED")
 
         return self._instance_verb("StartInstance", "start", request, context, change)
@@ -277,7 +277,7 @@ class FakeServer(
     def StopInstance(self, request: Any, context: Any) -> operation_pb2.Operation:
         def change(instance: instance_pb2.Instance) -> None:
             if instance.status != RUNNING:
-                raise errors.FailedPrecondition(f"{instance.name} does not run", reason="NOTRUNNING")
+                raise errors.FailedPrecondition(f"{instance.name} does not run", reason="NOT_RUNNING")
             self.change_instance(instance, STOPPED, "STOPPED")
 
         return self._instance_verb("StopInstance", "stop", request, context, change)
@@ -294,7 +294,7 @@ class FakeServer(
     def DeleteInstance(self, request: Any, context: Any) -> operation_pb2.Operation:
         def change(instance: instance_pb2.Instance) -> None:
             if instance.status == RUNNING and not request.force:
-                raise errors.FailedPrecondition(f"{instance.name} is running", reason="INSTANCERUNNING")
+                raise errors.FailedPrecondition(f"{instance.name} is running", reason="INSTANCE_RUNNING")
             self.remove_instance(instance)
 
         return self._instance_verb("DeleteInstance", "delete", request, context, change)
@@ -303,7 +303,7 @@ class FakeServer(
         self._enter("GetInstanceStats", request, context)
         if self._instance(request, context).status != RUNNING:
             refuse(
-                context, errors.FailedPrecondition(f"{request.instance} does not run", reason="NOTRUNNING")
+                context, errors.FailedPrecondition(f"{request.instance} does not run", reason="NOT_RUNNING")
             )
         return self._sample(0)
 
@@ -330,7 +330,7 @@ class FakeServer(
         self._enter("AttachConsole", first, context)
         instance = self._instance(first.open, context)
         if instance.status != RUNNING:
-            refuse(context, errors.FailedPrecondition(f"{instance.name} does not run", reason="NOTRUNNING"))
+            refuse(context, errors.FailedPrecondition(f"{instance.name} does not run", reason="NOT_RUNNING"))
         outgoing: queue.Queue[instance_pb2.ConsoleOutput | None] = queue.Queue()
         self._note_size(first.open.size)
         replay = b"" if first.open.replay_bytes == 0 else _CONSOLE_BANNER

@@ -20,6 +20,7 @@ def main() -> NoReturn:
     """Run with the arguments of the process, and end it with the exit code."""
     # A command ends before a collection could pay: what is imported stays until the end.
     gc.disable()
+    lazygrpc.silence_core()
     lazygrpc.defer()
     code = run(sys.argv[1:])
     _flush()

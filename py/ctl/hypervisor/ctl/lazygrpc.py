@@ -6,11 +6,12 @@ at the first look at any of its attributes, so that code which does need them st
 """
 
 import importlib
+import os
 import sys
 from types import ModuleType
 from typing import Any
 
-__all__ = ["defer"]
+__all__ = ["defer", "hear_core_again", "silence_core"]
 
 _DEFERRED = ("asyncio", "grpc.aio")
 
@@ -28,6 +29,20 @@ class _Deferred(ModuleType):
         real = importlib.import_module(self.__name__)
         self.__dict__.update(real.__dict__)
         return getattr(real, name)
+
+
+def silence_core() -> None:
+    """Keep gRPC's C core from writing to standard error beside us. Before the first ``import grpc``.
+
+    What it has to say about connections comes in the errors of the calls; GRPC_VERBOSITY, where set, is respected.
+    """
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+
+def hear_core_again() -> None:
+    """Undo :func:`silence_core` for programs that are started from here and have logs of their own."""
+    if os.environ.get("GRPC_VERBOSITY") == "NONE":
+        del os.environ["GRPC_VERBOSITY"]
 
 
 def defer() -> None:

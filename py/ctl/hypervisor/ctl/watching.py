@@ -46,9 +46,16 @@ class Follow:
 
 
 def events(
-    session: Session, follow: Follow, *, after_revision: int, send_initial: bool = False
+    session: Session,
+    follow: Follow,
+    *,
+    after_revision: int,
+    send_initial: bool = False,
+    heard_from: bool = False,
 ) -> "Iterator[Event | Relist]":
     """Events without end. A lost connection is made again for two minutes, then its error is raised.
+
+    A server that cannot be connected to at first is an error at once, unless it was ``heard_from`` just before.
 
     After a :class:`Relist` the stream goes on from the present; it is also given where the first position is gone
     (COMPACTED) and ``send_initial`` is not set.
@@ -69,6 +76,7 @@ def events(
         try:
             with translated(session.server):
                 for event in call:
+                    heard_from = True
                     if attempt:
                         note("Connected again.")
                         attempt = 0
@@ -86,7 +94,7 @@ def events(
             continue
         except Unavailable as exc:
             if attempt == 0:
-                if position == after_revision and was_never_sent(exc):
+                if not heard_from and was_never_sent(exc):
                     raise
                 patience = Deadline(_BEST_EFFORT_S)
             error = exc
@@ -136,7 +144,7 @@ def _run_on_terminal(invocation: Invocation, wanted: WatchedList[M]) -> None:
     listing = _fetched(invocation, wanted)
     shown = {wanted.key(item): item for item in listing}
     drawn = 0
-    stream = events(invocation.session(), wanted.follow, after_revision=listing.revision)
+    stream = events(invocation.session(), wanted.follow, after_revision=listing.revision, heard_from=True)
     drawn = _draw(invocation, wanted, list(shown.values()), drawn)
     last = time.monotonic()
     for event in stream:
@@ -193,7 +201,9 @@ def _run_in_pipe(invocation: Invocation, wanted: WatchedList[M]) -> None:
     columns = wanted.columns(listing)
     _print_rows(invocation, wanted, columns, listing, headers=invocation.headers)
     known = {wanted.key(item): item for item in listing}
-    for event in events(invocation.session(), wanted.follow, after_revision=listing.revision):
+    for event in events(
+        invocation.session(), wanted.follow, after_revision=listing.revision, heard_from=True
+    ):
         if isinstance(event, Relist):
             note("The history since the last change is gone: the list follows anew.")
             listing = _fetched(invocation, wanted)

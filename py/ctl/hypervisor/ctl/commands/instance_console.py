@@ -86,15 +86,14 @@ def console(
         size=None if size is None else quantities.columns_and_rows("--size", size),
         escape=key if on_terminal else b"",
         until_idle_s=until_idle,
+        greeting=_greeting(instance, key) if on_terminal and not invocation.quiet else "",
     )
     session = invocation.session()
-    leave = describe_escape(key)
-    if on_terminal and not invocation.quiet:
-        note(f"Attached to {instance}{f': {leave} leaves' if leave else ''}.")
-    ending_line = "\r\n" if on_terminal else "\n"
+    # In raw mode a line break alone does not return to the first column.
+    line_end = "\r\n" if on_terminal else "\n"
 
     def say(text: str) -> None:
-        sys.stderr.write(f"{ending_line if on_terminal else ''}{text}{ending_line}")
+        sys.stderr.write(f"{text}{line_end}")
         sys.stderr.flush()
 
     try:
@@ -103,6 +102,11 @@ def console(
     except Ended as exc:
         raise click.exceptions.Exit(128 + exc.number) from exc
     _tell(invocation, instance, ending, on_terminal=on_terminal)
+
+
+def _greeting(instance: str, escape: bytes) -> str:
+    leave = describe_escape(escape)
+    return f"Attached to {instance}{f': {leave} leaves' if leave else ''}."
 
 
 def _tell(invocation: Invocation, instance: str, ending: Ending, *, on_terminal: bool) -> None:

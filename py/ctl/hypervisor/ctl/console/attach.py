@@ -47,6 +47,8 @@ class Request:
     escape: bytes
     until_idle_s: float | None
     """End after this long without output, once the input has ended (or where there is none)."""
+    greeting: str
+    """Said once attached, before any output; empty: nothing is."""
 
 
 class End(Enum):
@@ -160,6 +162,8 @@ class _Attachment:
                         write_all(self._request.output, message.data)
                     elif kind == "opened":
                         self._opened.set()
+                        if self._request.greeting:
+                            self._say(self._request.greeting)
                     elif kind == "skipped":
                         self._say(
                             f"[{message.skipped.bytes} bytes of output were skipped: this viewer was too slow]"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hypervisor.core.errors import DeadlineExceeded, FailedPrecondition, HypervisorError, Unavailable
+from hypervisor.ctl import lazygrpc
 from hypervisor.ctl.dev.plan import Layout, Plan
 from hypervisor.ctl.dev.processes import terminate
 from hypervisor.ctl.dev.state import ClusterState, read_state, write_atomically
@@ -104,6 +105,7 @@ def _fork_supervisor(plan: Plan) -> None:
         if os.fork():
             os._exit(0)
         os.chdir("/")
+        lazygrpc.hear_core_again()
         log = os.open(plan.layout.log("supervisor"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         null = os.open(os.devnull, os.O_RDWR)
         for descriptor, target in ((null, 0), (log, 1), (log, 2)):
