@@ -55,7 +55,8 @@ def parse_bytes(text: object) -> int:
         raise ValueError(
             "give a size with its unit (KiB, MiB, GiB, TiB), such as 16MiB, or a number of bytes"
         )
-    return round(float(found[1]) * _SIZE_UNITS[found[2]])
+    number = int(found[1]) if found[1].isdigit() else float(found[1])
+    return round(number * _SIZE_UNITS[found[2]])
 
 
 def format_bytes(size: int) -> str:
