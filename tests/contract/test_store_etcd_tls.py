@@ -1,13 +1,12 @@
 """The etcd backend over TLS, with a certificate of its own, and what it says when certificates do not fit."""
 
 import asyncio
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from hvtest_certificates import make_authority, make_pair, require_openssl
 from hvtest_etcd import EtcdServer, free_port
 from hvtest_storage import apply, count_is, read_watch, unique_root
 from hypervisor.core.clock import SystemClock
@@ -18,46 +17,16 @@ from hypervisor.server.store.open import open_storage
 from hypervisor.server.store.storage import Put
 
 
-def _openssl(*arguments: str, directory: Path) -> None:
-    subprocess.run(["openssl", *arguments], cwd=directory, check=True, capture_output=True)
-
-
-def _make_pair(directory: Path, name: str, *, authority: str, names: str) -> None:
-    """A key and a certificate signed by ``authority``, for server and client use."""
-    (directory / f"{name}.ext").write_text(
-        f"subjectAltName={names}\nextendedKeyUsage=serverAuth,clientAuth\nbasicConstraints=CA:FALSE\n"
-    )
-    _openssl(
-        *("req", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}"),
-        *("-keyout", f"{name}.key", "-out", f"{name}.csr"),
-        directory=directory,
-    )
-    _openssl(
-        *("x509", "-req", "-in", f"{name}.csr", "-CA", f"{authority}.crt", "-CAkey", f"{authority}.key"),
-        *("-CAcreateserial", "-days", "2", "-extfile", f"{name}.ext", "-out", f"{name}.crt"),
-        directory=directory,
-    )
-
-
-def _make_authority(directory: Path, name: str) -> None:
-    _openssl(
-        *("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={name}"),
-        *("-keyout", f"{name}.key", "-out", f"{name}.crt"),
-        directory=directory,
-    )
-
-
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two authorities; the first has signed etcd and a client, the second a stranger."""
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed (Debian: apt-get install openssl)")
+    require_openssl()
     directory = tmp_path_factory.mktemp("certificates")
     for authority in ("ca", "other-ca"):
-        _make_authority(directory, authority)
-    _make_pair(directory, "etcd", authority="ca", names="DNS:etcd.test")
-    _make_pair(directory, "client", authority="ca", names="DNS:server.test")
-    _make_pair(directory, "stranger", authority="other-ca", names="DNS:server.test")
+        make_authority(directory, authority)
+    make_pair(directory, "etcd", authority="ca", names="DNS:etcd.test")
+    make_pair(directory, "client", authority="ca", names="DNS:server.test")
+    make_pair(directory, "stranger", authority="other-ca", names="DNS:server.test")
     return directory
 
 

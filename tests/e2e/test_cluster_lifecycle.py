@@ -23,7 +23,7 @@ class Terminal:
         self._master, slave = pty.openpty()
         self.resize(rows, columns)
         self.process = subprocess.Popen(
-            [str(cluster.bin / "hypervisor-ctl"), "--server", cluster.address, "instance", "console", name],
+            [str(cluster.bin / "hypervisor-ctl"), "instance", "console", name],
             stdin=slave,
             stdout=slave,
             stderr=slave,

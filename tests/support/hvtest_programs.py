@@ -117,7 +117,8 @@ class Program:
 class ProgramCluster:
     """One server, one agent and a private containerd; ``with`` starts and ends them.
 
-    ``server_keys`` and ``agent_keys`` override configuration keys (``heartbeat.interval``: ``1s``).
+    ``server_keys`` and ``agent_keys`` override configuration keys (``heartbeat.interval``: ``1s``); ``context`` adds to
+    the command line's (``tls``, ``token``).
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class ProgramCluster:
         *,
         server_keys: Mapping[str, str] | None = None,
         agent_keys: Mapping[str, str] | None = None,
+        context: Mapping[str, Any] | None = None,
     ) -> None:
         self.bin = root / "bin"
         # Short: containerd's shims have sockets below it, whose paths have at most 107 bytes.
@@ -134,7 +136,8 @@ class ProgramCluster:
         self.agent_port = free_port()
         self.address = f"127.0.0.1:{self.port}"
         self.hostname = "e2e-node"
-        self.containerd = PrivateContainerd(self.directory / "c")
+        # A name of its own in cgroups, which several clusters of this machine share.
+        self.containerd = PrivateContainerd(self.directory / "c", namespace=f"e2e-{self.port}")
         self.images = self.directory / "images"
         self.env = {
             "PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"),
@@ -143,6 +146,12 @@ class ProgramCluster:
             "LANG": "C.UTF-8",
             "TERM": "xterm",
         }
+        # JSON is YAML, too.
+        settings = {
+            "contexts": {"e2e": {"server": self.address} | dict(context or {})},
+            "current": "e2e",
+        }
+        (self.directory / "ctl.yaml").write_text(json.dumps(settings))
         heartbeat = {"heartbeat.interval": "1s", "heartbeat.timeout": "5s"}
         self.server = self._program(
             "server",
@@ -163,6 +172,8 @@ class ProgramCluster:
                 "agent.server_address": self.address,
                 "agent.data_dir": str(self.directory / "agent"),
                 "containerd.address": str(self.containerd.address),
+                "containerd.namespace": self.containerd.namespace,
+                "containerd.console_root": str(self.directory / "consoles"),
                 "images.archive_roots": str(self.images),
                 "drivers.health_interval": "1s",
             }
@@ -220,7 +231,7 @@ class ProgramCluster:
         """Run the command line."""
         return Result(
             subprocess.run(
-                [str(self.bin / "hypervisor-ctl"), "--server", self.address, *arguments],
+                [str(self.bin / "hypervisor-ctl"), *arguments],
                 input=stdin,
                 stdin=subprocess.DEVNULL if stdin is None else None,
                 capture_output=True,
@@ -289,7 +300,7 @@ class ProgramCluster:
     def assert_nothing_left(self) -> None:
         """No instance has left anything: containerd, cgroups, mounts, shims, FIFOs, records, reservations."""
         eventually(lambda: not self.containerd.leftovers(), what="containerd is clean", timeout_s=10)
-        fifos = [str(path) for path in (self.directory / "agent").rglob("*") if path.is_fifo()]
+        fifos = [str(path) for path in (self.directory / "consoles").rglob("*") if path.is_fifo()]
         assert fifos == []
         assert self.must("instance", "list", "-o", "json").json() == []
         assert self.reserved() == {"cpu_cores": 0.0, "memory_bytes": 0, "instances": 0}

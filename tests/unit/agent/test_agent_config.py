@@ -53,6 +53,7 @@ def test_keys_come_from_the_environment_too() -> None:
         ("node.labels=bad key=x", "node.labels"),
         ("tls.enabled=true", "tls.cert_file"),
         ("drivers.health_interval=5", "drivers.health_interval"),
+        ("containerd.namespace=ends-badly_", "containerd.namespace"),
     ],
 )
 def test_a_mistake_names_its_key(override: str, words: str) -> None:

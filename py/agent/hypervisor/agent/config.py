@@ -16,6 +16,8 @@ from hypervisor.core.tls import ClientAuth, ClientTls, ServerTls
 
 __all__ = ["AgentSettings", "ContainerdSection"]
 
+_NAMESPACE = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
+"""What containerd takes (identifiers.Validate), checked before anything is begun."""
 _PLACE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 
 
@@ -158,6 +160,13 @@ class ContainerdSection(Section):
         default=Path("/run/hypervisor/consoles"),
         description="Private directory for the FIFOs of consoles; has to survive the agent, not the machine.",
     )
+
+    @pydantic.field_validator("namespace")
+    @classmethod
+    def _namespace_is_legal(cls, namespace: str) -> str:
+        if len(namespace) > 76 or not _NAMESPACE.fullmatch(namespace):
+            raise ValueError("use at most 76 letters and digits, joined by single '.', '_' or '-'")
+        return namespace
 
 
 class ImagesSection(Section):
