@@ -146,6 +146,8 @@ class FakeServer(
         self._enter("WatchEvents", request, context)
         mailbox: queue.Queue[cluster_pb2.Event | None] = queue.Queue()
         with self._lock:
+            muted = self.mute_watches > 0
+            self.mute_watches -= muted
             backlog: list[cluster_pb2.Event] = []
             if request.send_initial:
                 backlog = [self._snapshot("node", node) for node in self.nodes.values()]
@@ -165,9 +167,9 @@ class FakeServer(
             self._watchers.append(mailbox)
         context.add_callback(lambda: mailbox.put(None))
         try:
-            yield from (event for event in backlog if self._wanted(request, event))
+            yield from (event for event in backlog if not muted and self._wanted(request, event))
             while (event := mailbox.get()) is not None:
-                if self._wanted(request, event):
+                if not muted and self._wanted(request, event):
                     yield event
         finally:
             with self._lock:

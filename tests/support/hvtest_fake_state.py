@@ -47,6 +47,8 @@ class FakeState:
         self.console_script: Callable[[queue.Queue[instance_pb2.ConsoleOutput | None]], None] | None = None
         self.revision = 100
         self.compacted_below = 0
+        self.mute_watches = 0
+        """So many of the next event streams say nothing."""
         self._payloads: dict[str, bytes] = {}
         self._lost: dict[str, int] = {}
         self._refused: dict[str, list[errors.HypervisorError]] = {}
@@ -164,6 +166,14 @@ class FakeState:
         with self._lock:
             self.compacted_below = self.revision
             self.log.clear()
+
+    def wait_for_call(self, method: str, *, count: int = 1, timeout_s: float = 20.0) -> None:
+        """Return once the method was called so often."""
+        end = time.monotonic() + timeout_s
+        while len(self.called(method)) < count:
+            if time.monotonic() > end:
+                raise AssertionError(f"{method} was called {len(self.called(method))} times, not {count}")
+            time.sleep(0.01)
 
     def called(self, method: str) -> list[Message]:
         """The requests of that method so far."""

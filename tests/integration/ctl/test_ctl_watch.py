@@ -8,6 +8,9 @@ import threading
 
 import pytest
 
+from hypervisor.ctl.eventstream import EventStream, Follow, Relist
+from hypervisor.ctl.session import Session
+from hypervisor.ctl.settings import Connection
 from hypervisor.v1 import instance_pb2
 
 
@@ -112,6 +115,7 @@ def test_a_server_that_is_killed_and_started_anew_is_found_again(server, follow)
     server.add_node("node-1")
     watched = follow("node", "list", "--watch", "-q")
     assert watched.line() == "node-1"
+    server.wait_for_call("WatchEvents")
     address = server.address
 
     server.stop()
@@ -126,6 +130,7 @@ def test_a_compacted_history_is_listed_again(server, follow):
     server.add_instance("a")
     watched = follow("instance", "list", "--watch", "-q")
     assert watched.line() == "a"
+    server.wait_for_call("WatchEvents")
     address = server.address
 
     server.stop()
@@ -165,3 +170,30 @@ def test_a_table_on_a_terminal_is_drawn_over_itself(server, ctl):
         assert b"\x1b[2A" in redrawn
         terminal.type(b"\x03")
         assert terminal.wait() == 130
+
+
+def test_nothing_is_missed_between_the_list_anew_and_the_events_after_it(server):
+    first = server.add_instance("a")
+    with Session(Connection(server.address, tls=None, token=None, context=None)) as session:
+        stream = EventStream(session, Follow(kinds=("instance",)), after_revision=first.resource_version - 1)
+        server.compact()
+        events = iter(stream)
+        assert isinstance(next(events), Relist)
+        stream.position = server.revision
+        server.add_instance("made-meanwhile")
+
+        assert next(events).object_name == "made-meanwhile"
+
+
+def test_a_connection_that_falls_silent_is_made_again(server, capsys):
+    first = server.add_instance("a")
+    server.mute_watches = 1
+    with Session(Connection(server.address, tls=None, token=None, context=None)) as session:
+        stream = EventStream(
+            session, Follow(), after_revision=first.resource_version - 1, heard_from=True, silence_s=0.3
+        )
+
+        assert next(iter(stream)).object_name == "a"
+
+    assert "it said nothing for 0.3 s" in capsys.readouterr().err
+    assert len(server.called("WatchEvents")) == 2

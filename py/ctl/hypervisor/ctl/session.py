@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 
-from hypervisor.core.errors import DeadlineExceeded, HypervisorError, InvalidArgument, Unavailable
+from hypervisor.core.errors import Cancelled, DeadlineExceeded, HypervisorError, InvalidArgument, Unavailable
 from hypervisor.ctl.settings import Connection
 
 if TYPE_CHECKING:
@@ -161,7 +161,22 @@ def translated(server: str) -> Iterator[None]:
             error = DeadlineExceeded(
                 f"the server {server} did not answer in time", metadata=error.metadata, reason=error.reason
             )
+        if (
+            isinstance(error, Cancelled)
+            and error.reason == Cancelled.default_reason
+            and not _closed_here(error)
+        ):
+            error = Unavailable(
+                f"the server {server} ended the call, as it does when it stops",
+                reason="PEER_UNREACHABLE",
+                metadata={"peer": server},
+            )
         raise error from exc
+
+
+def _closed_here(error: Cancelled) -> bool:
+    """Whether we cancelled the call ourselves: its channel was closed, or the call was cancelled."""
+    return "channel closed" in error.message.lower() or "locally cancelled" in error.message.lower()
 
 
 def open_channel(connection: Connection) -> grpc.Channel:

@@ -1,110 +1,33 @@
-"""Lists that follow the cluster (``--watch``) and the stream of events, across lost connections and compactions.
+"""Lists that follow the cluster (``--watch``).
 
-:func:`events` resumes after the last revision it has seen in full; where the server has forgotten that history it
-says so with a :class:`Relist`, and the caller lists again. A list is fetched with the server's own filter and order;
+A list is fetched with the server's own filter and order;
 changes then come from events. Without filter and order they are applied here, with them the server is asked again.
 """
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from hypervisor.core.errors import HypervisorError, OutOfRange, Unavailable
 from hypervisor.ctl.display.table import Column, render
+from hypervisor.ctl.eventstream import EventStream, Follow, Relist
 from hypervisor.ctl.invocation import Invocation
 from hypervisor.ctl.output import note, now_s, terminal_width, write
 from hypervisor.ctl.paging import Listing
-from hypervisor.ctl.session import READ_TIMEOUT_S, Deadline, Session, translated, was_never_sent
-from hypervisor.v1.cluster_pb2 import Event, WatchEventsRequest
+from hypervisor.ctl.session import READ_TIMEOUT_S, Deadline, Session
+from hypervisor.v1.cluster_pb2 import Event
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from hypervisor.ctl.commands.instance_views import Wanted
 
-__all__ = ["Follow", "Relist", "WatchedList", "events", "run_watch", "watch_instances"]
+__all__ = ["Fetch", "WatchedList", "run_watch", "watch_instances"]
 
 _REDRAW_INTERVAL_S = 0.2
-_BEST_EFFORT_S = 120.0
 
 M = TypeVar("M", bound="Message")
-
-
-class Relist:
-    """Stands in the stream where history is missing: what was shown before may be out of date."""
-
-
-@dataclass(frozen=True, slots=True)
-class Follow:
-    """What to follow: kinds of objects, one object, one project."""
-
-    kinds: tuple[str, ...] = ()
-    object_id: str = ""
-    project: str = ""
-
-
-def events(
-    session: Session,
-    follow: Follow,
-    *,
-    after_revision: int,
-    send_initial: bool = False,
-    heard_from: bool = False,
-) -> "Iterator[Event | Relist]":
-    """Events without end. A lost connection is made again for two minutes, then its error is raised.
-
-    A server that cannot be connected to at first is an error at once, unless it was ``heard_from`` just before.
-
-    After a :class:`Relist` the stream goes on from the present; it is also given where the first position is gone
-    (COMPACTED) and ``send_initial`` is not set.
-    """
-    position = after_revision
-    initial = send_initial
-    attempt = 0
-    patience = Deadline(_BEST_EFFORT_S)
-    while True:
-        request = WatchEventsRequest(
-            after_revision=position,
-            kinds=follow.kinds,
-            object_id=follow.object_id,
-            project=follow.project,
-            send_initial=initial,
-        )
-        call = session.cluster.WatchEvents(request, metadata=session.metadata)
-        try:
-            with translated(session.server):
-                for event in call:
-                    heard_from = True
-                    if attempt:
-                        note("Connected again.")
-                        attempt = 0
-                    if event.type != Event.TYPE_SNAPSHOT:
-                        initial = False
-                    if event.last_of_revision or event.type in (Event.TYPE_PROGRESS, Event.TYPE_SYNCED):
-                        position = max(position, event.revision)
-                    yield event
-            if attempt == 0:  # the server ended the stream, as it does when it shuts down
-                patience = Deadline(_BEST_EFFORT_S)
-            error: HypervisorError = Unavailable("the server ended the stream", retry_after_s=0.2)
-        except OutOfRange:
-            yield Relist()
-            position = 0
-            continue
-        except Unavailable as exc:
-            if attempt == 0:
-                if not heard_from and was_never_sent(exc):
-                    raise
-                patience = Deadline(_BEST_EFFORT_S)
-            error = exc
-        finally:
-            call.cancel()
-        attempt += 1
-        if attempt == 1:
-            note(f"Lost the server ({error}); connecting again...")
-        if not session.pause(min(attempt, 4), error, patience):
-            raise error
 
 
 class Fetch(Protocol[M]):
@@ -140,11 +63,16 @@ def _fetched(invocation: Invocation, wanted: WatchedList[M]) -> Listing[M]:
     return wanted.fetch(invocation.session(), Deadline(READ_TIMEOUT_S))
 
 
+def _stream_after(invocation: Invocation, wanted: WatchedList[M], listing: Listing[M]) -> EventStream:
+    """What happens after the list was true."""
+    return EventStream(invocation.session(), wanted.follow, after_revision=listing.revision, heard_from=True)
+
+
 def _run_on_terminal(invocation: Invocation, wanted: WatchedList[M]) -> None:
     listing = _fetched(invocation, wanted)
     shown = {wanted.key(item): item for item in listing}
     drawn = 0
-    stream = events(invocation.session(), wanted.follow, after_revision=listing.revision, heard_from=True)
+    stream = _stream_after(invocation, wanted, listing)
     drawn = _draw(invocation, wanted, list(shown.values()), drawn)
     last = time.monotonic()
     for event in stream:
@@ -156,6 +84,8 @@ def _run_on_terminal(invocation: Invocation, wanted: WatchedList[M]) -> None:
         if stale:
             listing = _fetched(invocation, wanted)
             shown = {wanted.key(item): item for item in listing}
+        if isinstance(event, Relist):
+            stream.position = listing.revision
         moment = time.monotonic()
         if isinstance(event, Event) and not event.last_of_revision and moment - last < _REDRAW_INTERVAL_S:
             continue
@@ -201,12 +131,12 @@ def _run_in_pipe(invocation: Invocation, wanted: WatchedList[M]) -> None:
     columns = wanted.columns(listing)
     _print_rows(invocation, wanted, columns, listing, headers=invocation.headers)
     known = {wanted.key(item): item for item in listing}
-    for event in events(
-        invocation.session(), wanted.follow, after_revision=listing.revision, heard_from=True
-    ):
+    stream = _stream_after(invocation, wanted, listing)
+    for event in stream:
         if isinstance(event, Relist):
             note("The history since the last change is gone: the list follows anew.")
             listing = _fetched(invocation, wanted)
+            stream.position = listing.revision
             known = {wanted.key(item): item for item in listing}
             _print_rows(invocation, wanted, columns, listing, headers=False)
         elif event.object_id:

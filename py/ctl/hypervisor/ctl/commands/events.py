@@ -7,11 +7,10 @@ import click
 from hypervisor.core.errors import OutOfRange
 from hypervisor.ctl.display.columns import event_columns
 from hypervisor.ctl.display.table import render
+from hypervisor.ctl.eventstream import EventStream, Follow, Relist
 from hypervisor.ctl.invocation import Invocation, pass_invocation
 from hypervisor.ctl.options import connected, formatted
 from hypervisor.ctl.output import note, write
-from hypervisor.ctl.watching import Follow, Relist
-from hypervisor.ctl.watching import events as follow_events
 from hypervisor.v1.cluster_pb2 import Event
 
 __all__ = ["events"]
@@ -54,7 +53,7 @@ def events(
     """
     if after and initial:
         raise click.UsageError("--after and --initial exclude each other")
-    stream = follow_events(
+    stream = EventStream(
         invocation.session(),
         Follow(kinds=tuple(kinds), object_id=object_id, project=project),
         after_revision=after or 0,

@@ -77,7 +77,8 @@ def list_nodes(
 
 
 def _watch(invocation: Invocation, filters: Sequence[str], sort: str, limit: int | None) -> None:
-    from hypervisor.ctl.watching import Fetch, Follow, WatchedList, run_watch
+    from hypervisor.ctl.eventstream import Follow
+    from hypervisor.ctl.watching import Fetch, WatchedList, run_watch
 
     def fetched(*more: str) -> Fetch[Node]:
         return lambda session, deadline: _list(

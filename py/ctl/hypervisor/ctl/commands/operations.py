@@ -75,7 +75,8 @@ def list_operations(
 
 
 def _watch(invocation: Invocation, filters: Sequence[str], sort: str, limit: int | None) -> None:
-    from hypervisor.ctl.watching import Follow, WatchedList, run_watch
+    from hypervisor.ctl.eventstream import Follow
+    from hypervisor.ctl.watching import WatchedList, run_watch
 
     def fetched(*more: str) -> "Fetch[Operation]":
         return lambda session, deadline: _list(
