@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Fetch", "WatchedList", "run_watch", "watch_instances"]
 
 _REDRAW_INTERVAL_S = 0.2
+_ALIGNED_WITH = 50
 
 M = TypeVar("M", bound="Message")
 
@@ -128,8 +129,7 @@ def _draw(invocation: Invocation, wanted: WatchedList[M], items: Sequence[M], dr
 
 def _run_in_pipe(invocation: Invocation, wanted: WatchedList[M]) -> None:
     listing = _fetched(invocation, wanted)
-    columns = wanted.columns(listing)
-    _print_rows(invocation, wanted, columns, listing, headers=invocation.headers)
+    _print_rows(invocation, wanted, listing, headers=invocation.headers)
     known = {wanted.key(item): item for item in listing}
     stream = _stream_after(invocation, wanted, listing)
     for event in stream:
@@ -138,15 +138,14 @@ def _run_in_pipe(invocation: Invocation, wanted: WatchedList[M]) -> None:
             listing = _fetched(invocation, wanted)
             stream.position = listing.revision
             known = {wanted.key(item): item for item in listing}
-            _print_rows(invocation, wanted, columns, listing, headers=False)
+            _print_rows(invocation, wanted, listing, headers=False)
         elif event.object_id:
-            _print_change(invocation, wanted, columns, event, known)
+            _print_change(invocation, wanted, event, known)
 
 
 def _print_change(
     invocation: Invocation,
     wanted: WatchedList[M],
-    columns: Sequence[Column[M]],
     event: Event,
     known: dict[str, M],
 ) -> None:
@@ -170,15 +169,15 @@ def _print_change(
     else:
         item = wanted.taken_from(event)
         deleted = event.type == Event.TYPE_DELETED
-        wide = invocation.output == "wide"
-        text = render(columns, [item], wide=wide, headers=False)[0]
+        # Beside rows that were shown before, so that columns stay where they are.
+        rows = [*list(known.values())[:_ALIGNED_WITH], item]
+        text = render(wanted.columns([item]), rows, wide=invocation.output == "wide", headers=True)[-1]
         write(f"{text}   (deleted)" if deleted else text)
 
 
 def _print_rows(
     invocation: Invocation,
     wanted: WatchedList[M],
-    columns: Sequence[Column[M]],
     items: Sequence[M],
     *,
     headers: bool,
@@ -190,7 +189,7 @@ def _print_rows(
         for item in items:
             write(wanted.name(item))
     else:
-        lines = render(columns, items, wide=invocation.output == "wide", headers=headers)
+        lines = render(wanted.columns(items), items, wide=invocation.output == "wide", headers=headers)
         if lines:
             write("\n".join(lines))
 
