@@ -138,7 +138,7 @@ async def test_exhausted_quota_is_told_and_writes_nothing(tmp_path: Path) -> Non
         # etcd looks at the size of its file, which grows when it commits in batches of its own, every 100 ms.
         while error is None and len(applied) < 400:
             try:
-                applied.append(await apply(storage, Put(f"/k/{len(applied)}", b"x" * 500_000)))
+                applied.append(await apply(storage, Put(f"/k/{len(applied):03d}", b"x" * 500_000)))
             except HypervisorError as exc:
                 error = exc
         items = (await storage.list("/k/")).items
