@@ -1,45 +1,59 @@
-"""Certificates for tests, made by openssl: authorities, and pairs signed by them for servers and clients."""
+"""Certificates for tests, made by the openssl program: an authority, and pairs that it signed."""
 
-import shutil
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
-__all__ = ["make_authority", "make_pair", "require_openssl"]
-
-
-def require_openssl() -> None:
-    """Skip the test, with the reason printed, where there is no openssl."""
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed (Debian: apt-get install openssl)")
+__all__ = ["Authority", "Pair"]
 
 
 def _openssl(*arguments: str, directory: Path) -> None:
-    subprocess.run(["openssl", *arguments], cwd=directory, check=True, capture_output=True)
+    subprocess.run(["openssl", *arguments], cwd=directory, check=True, capture_output=True, timeout=60)
 
 
-def make_authority(directory: Path, name: str) -> None:
-    """``name.crt`` and ``name.key`` of an authority."""
-    _openssl(
-        *("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={name}"),
-        *("-keyout", f"{name}.key", "-out", f"{name}.crt"),
-        directory=directory,
-    )
+@dataclass(frozen=True)
+class Pair:
+    """A certificate and its key."""
+
+    cert_file: Path
+    key_file: Path
 
 
-def make_pair(directory: Path, name: str, *, authority: str, names: str) -> None:
-    """``name.crt`` and ``name.key`` signed by ``authority``, for server and client use, valid for ``names``."""
-    (directory / f"{name}.ext").write_text(
-        f"subjectAltName={names}\nextendedKeyUsage=serverAuth,clientAuth\nbasicConstraints=CA:FALSE\n"
-    )
-    _openssl(
-        *("req", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}"),
-        *("-keyout", f"{name}.key", "-out", f"{name}.csr"),
-        directory=directory,
-    )
-    _openssl(
-        *("x509", "-req", "-in", f"{name}.csr", "-CA", f"{authority}.crt", "-CAkey", f"{authority}.key"),
-        *("-CAcreateserial", "-days", "2", "-extfile", f"{name}.ext", "-out", f"{name}.crt"),
-        directory=directory,
-    )
+class Authority:
+    """Signs certificates; its own is ``ca_file``."""
+
+    def __init__(self, directory: Path, name: str = "ca") -> None:
+        self._directory = directory
+        self._name = name
+        self.ca_file = directory / f"{name}.crt"
+        _openssl(
+            *("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
+            *("-days", "2", "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.crt"),
+            directory=directory,
+        )
+
+    def pair(self, name: str) -> Pair:
+        """A pair for ``CN=name`` that is good for 127.0.0.1, as server and as client."""
+        (self._directory / f"{name}.ext").write_text(
+            "subjectAltName=IP:127.0.0.1,DNS:localhost\nextendedKeyUsage=serverAuth,clientAuth\nbasicConstraints=CA:FALSE\n"
+        )
+        _openssl(
+            *("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
+            *("-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.csr"),
+            directory=self._directory,
+        )
+        _openssl(
+            *(
+                "x509",
+                "-req",
+                "-in",
+                f"{name}.csr",
+                "-CA",
+                f"{self._name}.crt",
+                "-CAkey",
+                f"{self._name}.key",
+            ),
+            *("-CAcreateserial", "-days", "2", "-extfile", f"{name}.ext", "-out", f"{name}.crt"),
+            directory=self._directory,
+        )
+        return Pair(self._directory / f"{name}.crt", self._directory / f"{name}.key")
