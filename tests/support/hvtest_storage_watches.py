@@ -38,6 +38,22 @@ class WatchContract:
             WatchBatch(deleted, (Change(key, deleted, None, second),)),
         ]
 
+    async def test_watch_without_previous_still_tells_every_change(self, storage: Storage, root: str) -> None:
+        start, key = await storage.current_revision(), root + "k"
+        created = await apply(storage, Put(key, b"1"))
+        changed = await apply(storage, Put(key, b"2"))
+        deleted = await apply(storage, Delete(key))
+
+        found: list[tuple[int, Item | None]] = []
+        async with aclosing(storage.watch(root, after_revision=start, with_previous=False)) as watch:
+            while len(found) < 3:
+                async with asyncio.timeout(10):
+                    batch = await anext(watch)
+                found += [(batch.revision, change.item) for change in batch.changes]
+
+        first, second = Item(key, b"1", created, created), Item(key, b"2", created, changed)
+        assert found == [(created, first), (changed, second), (deleted, None)]
+
     async def test_live_changes_arrive(self, storage: Storage, root: str) -> None:
         async with aclosing(storage.watch(root, after_revision=await storage.current_revision())) as watch:
             for n in range(20):

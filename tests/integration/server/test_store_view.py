@@ -249,10 +249,13 @@ class FaultyWatch(MemoryStorage):
     compacted_once = False
     watches = 0
 
-    async def watch(self, prefix: str, *, after_revision: int) -> AsyncGenerator[WatchBatch, None]:
+    async def watch(
+        self, prefix: str, *, after_revision: int, with_previous: bool = True
+    ) -> AsyncGenerator[WatchBatch, None]:
         self.watches += 1
         silent = self.silent
-        async with aclosing(super().watch(prefix, after_revision=after_revision)) as batches:
+        watch = super().watch(prefix, after_revision=after_revision, with_previous=with_previous)
+        async with aclosing(watch) as batches:
             async for batch in batches:
                 if silent:
                     await asyncio.Event().wait()

@@ -305,9 +305,10 @@ class StoreView:
     async def _follow(self) -> None:
         while True:
             try:
-                async with aclosing(
-                    self._storage.watch(keys.PREFIX, after_revision=self._state.revision)
-                ) as batches:
+                watch = self._storage.watch(
+                    keys.PREFIX, after_revision=self._state.revision, with_previous=False
+                )
+                async with aclosing(watch) as batches:
                     async for batch in batches:
                         self._receive(batch)
             except Compacted as exc:

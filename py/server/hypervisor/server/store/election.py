@@ -168,7 +168,8 @@ class Candidacy:
                 return revision, candidates
 
     async def _wait_for_deletion(self, keys: frozenset[str], *, after_revision: int) -> None:
-        async with aclosing(self._storage.watch(self._prefix, after_revision=after_revision)) as batches:
+        watch = self._storage.watch(self._prefix, after_revision=after_revision, with_previous=False)
+        async with aclosing(watch) as batches:
             async for batch in batches:
                 if any(change.item is None and change.key in keys for change in batch.changes):
                     return

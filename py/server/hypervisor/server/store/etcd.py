@@ -144,11 +144,18 @@ class EtcdStorage:
             return Committed(response.header.revision)
         return _conflicted(compares, response.header.revision, response.responses)
 
-    def watch(self, prefix: str, *, after_revision: int) -> AsyncGenerator[WatchBatch, None]:
+    def watch(
+        self, prefix: str, *, after_revision: int, with_previous: bool = True
+    ) -> AsyncGenerator[WatchBatch, None]:
         """See ``Storage.watch``."""
         check_prefix(prefix)
         watch = EtcdWatch(
-            self._members, prefix, after_revision=after_revision, clock=self._clock, rng=self._rng
+            self._members,
+            prefix,
+            after_revision=after_revision,
+            with_previous=with_previous,
+            clock=self._clock,
+            rng=self._rng,
         )
         return watch.batches()
 

@@ -10,7 +10,8 @@ What makes this more than a loop over a stream:
 * A large response comes in fragments, which may split a revision; only whole responses are delivered.
 * What a member sends again after a partition (etcd issue 15271) is dropped by its revision.
 * A change whose previous version is compacted already would be told as if nothing had been there; that is
-  ``Compacted`` as well.
+  ``Compacted`` as well. Previous versions are dear: etcd reads each by itself, and etcd 3.4 copies, for every such
+  read, all that was written since its last batch. Under load that takes more of etcd than the commits do.
 * A connection can be silent because nothing happens or because it is dead. After a while of silence a sign
   of life is asked for, and without one the next member is tried. A member cut off from the others ends the
   stream itself (``hasleader``).
@@ -56,11 +57,19 @@ class EtcdWatch:
     """One watch; ``batches`` yields for ever, over as many connections as it takes."""
 
     def __init__(
-        self, members: EtcdMembers, prefix: str, *, after_revision: int, clock: Clock, rng: random.Random
+        self,
+        members: EtcdMembers,
+        prefix: str,
+        *,
+        after_revision: int,
+        with_previous: bool,
+        clock: Clock,
+        rng: random.Random,
     ) -> None:
         self._members = members
         self._prefix = prefix
         self._position = after_revision
+        self._with_previous = with_previous
         self._clock = clock
         self._rng = rng
         self._patience_s = members.request_timeout_s / 2
@@ -120,7 +129,9 @@ class EtcdWatch:
                 if response.events:
                     fragments.extend(response.events)
                     if not response.fragment:
-                        for batch in _by_revision(fragments, after=self._position):
+                        for batch in _by_revision(
+                            fragments, after=self._position, with_previous=self._with_previous
+                        ):
                             yield batch
                         fragments = []
                 elif stream.is_progress(response) and response.header.revision > self._position:
@@ -134,7 +145,7 @@ class EtcdWatch:
             range_end=prefix_end(self._prefix),
             start_revision=max(1, self._position),
             progress_notify=True,
-            prev_kv=True,
+            prev_kv=self._with_previous,
             fragment=True,
         )
 
@@ -221,13 +232,13 @@ class _Responses:
         self._call.cancel()
 
 
-def _by_revision(events: Sequence[pb.Event], *, after: int) -> Iterator[WatchBatch]:
+def _by_revision(events: Sequence[pb.Event], *, after: int, with_previous: bool) -> Iterator[WatchBatch]:
     """Events as batches of one revision each; those at or before ``after`` are dropped."""
     changes: list[Change] = []
     for event in events:
         if event.kv.mod_revision <= after:
             continue
-        change = _change(event)
+        change = _change(event, with_previous=with_previous)
         if changes and changes[-1].revision != change.revision:
             yield WatchBatch(changes[-1].revision, tuple(changes))
             changes = []
@@ -236,11 +247,11 @@ def _by_revision(events: Sequence[pb.Event], *, after: int) -> Iterator[WatchBat
         yield WatchBatch(changes[-1].revision, tuple(changes))
 
 
-def _change(event: pb.Event) -> Change:
+def _change(event: pb.Event, *, with_previous: bool) -> Change:
     kv = event.kv
     deletion = event.type == pb.Event.DELETE
     previous = to_item(event.prev_kv) if event.HasField("prev_kv") else None
-    if previous is None and (deletion or kv.version > 1):
+    if with_previous and previous is None and (deletion or kv.version > 1):
         raise Compacted(
             f"what revision {kv.mod_revision} replaced is compacted: list again",
             metadata={"revision": str(kv.mod_revision)},

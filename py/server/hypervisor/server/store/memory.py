@@ -103,8 +103,10 @@ class MemoryStorage:
         self._apply(operations)
         return Committed(self._feed.newest)
 
-    def watch(self, prefix: str, *, after_revision: int) -> AsyncGenerator[WatchBatch, None]:
-        """See ``Storage.watch``."""
+    def watch(
+        self, prefix: str, *, after_revision: int, with_previous: bool = True
+    ) -> AsyncGenerator[WatchBatch, None]:
+        """See ``Storage.watch``. What was there before is at hand, and always told."""
         check_prefix(prefix)
         return self._watch(prefix, after_revision)
 

@@ -175,8 +175,10 @@ class SqliteStorage:
         held, wanted = tuple(compares), tuple(operations)
         return await self._write(lambda engine: engine.apply(held, wanted), weight=weight)
 
-    def watch(self, prefix: str, *, after_revision: int) -> AsyncGenerator[WatchBatch, None]:
-        """See ``Storage.watch``."""
+    def watch(
+        self, prefix: str, *, after_revision: int, with_previous: bool = True
+    ) -> AsyncGenerator[WatchBatch, None]:
+        """See ``Storage.watch``. What was there before is at hand, and always told."""
         check_prefix(prefix)
         return self._watch(prefix, after_revision)
 

@@ -5,11 +5,12 @@ keeps the counters of the store in memory and sets them back when the caller rol
 """
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hypervisor.core.errors import InvalidArgument
-from hypervisor.server.store.sqlite_rows import POSITION_BITS, read_item
+from hypervisor.server.store.sqlite_rows import POSITION_BITS, execute_in_bulk, read_items
 from hypervisor.server.store.storage import (
     Change,
     Committed,
@@ -79,9 +80,9 @@ class Engine:
     def apply(self, compares: Sequence[Compare], operations: Sequence[Operation]) -> Committed | Conflicted:
         """See ``Storage.commit``. Raises before it writes anything, or not at all (but for errors of
         SQLite)."""
-        if any(self._mod_revision(c.key) != c.mod_revision for c in compares):
-            current = {c.key: read_item(self._connection, c.key) for c in compares}
-            return Conflicted(self._counters.revision, current)
+        current = read_items(self._connection, {*(c.key for c in compares), *(o.key for o in operations)})
+        if any(_mod_revision(current.get(c.key)) != c.mod_revision for c in compares):
+            return Conflicted(self._counters.revision, {c.key: current.get(c.key) for c in compares})
         for operation in operations:
             if (
                 isinstance(operation, Put)
@@ -89,7 +90,7 @@ class Engine:
                 and not self._lease_exists(operation.lease_id)
             ):
                 raise lease_not_found(operation.lease_id)
-        self._write(operations)
+        self._write(operations, current)
         return Committed(self._counters.revision)
 
     def grant(self, lease: Lease) -> None:
@@ -102,7 +103,8 @@ class Engine:
             "SELECT key FROM kv WHERE lease_id = ? AND lease_id <> '' ORDER BY key", (lease_id,)
         ).fetchall()
         self._connection.execute("DELETE FROM leases WHERE id = ?", (lease_id,))
-        self._write([Delete(key) for (key,) in rows])
+        keys = [key for (key,) in rows]
+        self._write([Delete(key) for key in keys], read_items(self._connection, keys))
 
     def leases(self) -> Sequence[Lease]:
         """All leases, for their timers at start."""
@@ -138,42 +140,35 @@ class Engine:
         self._counters = replace(counters, purged=until)
         return until < counters.compacted
 
-    def _write(self, operations: Sequence[Operation]) -> None:
-        connection = self._connection
+    def _write(self, operations: Sequence[Operation], current: Mapping[str, Item]) -> None:
+        """Apply the operations in one revision; ``current`` has the living versions of their keys."""
         revision = self._counters.revision + 1
         changes: list[Change] = []
+        versions: list[Any] = []
+        living: list[Any] = []
+        gone: list[Any] = []
         for operation in operations:
             key = operation.key
-            previous = read_item(connection, key)
+            previous = current.get(key)
             version_id = revision << POSITION_BITS | len(changes)
             if isinstance(operation, Delete):
                 if previous is None:
                     continue
                 item = None
-                connection.execute(
-                    "INSERT INTO versions VALUES (?, ?, 0, '', NULL)",
-                    (version_id, key),
-                )
-                connection.execute("DELETE FROM kv WHERE key = ?", (key,))
+                versions += (version_id, key, 0, "", None)
+                gone.append(key)
             else:
                 created = previous.create_revision if previous else revision
                 item = Item(key, operation.value, created, revision, operation.lease_id)
-                connection.execute(
-                    "INSERT INTO versions VALUES (?, ?, ?, ?, ?)",
-                    (version_id, key, created, operation.lease_id, operation.value),
-                )
-                connection.execute(
-                    "INSERT OR REPLACE INTO kv VALUES (?, ?, ?, ?)",
-                    (key, version_id, created, operation.lease_id),
-                )
+                versions += (version_id, key, created, operation.lease_id, operation.value)
+                living += (key, version_id, created, operation.lease_id)
             changes.append(Change(key, revision, item, previous))
         if changes:
+            execute_in_bulk(self._connection, "INSERT INTO versions VALUES {}", versions, columns=5)
+            execute_in_bulk(self._connection, "INSERT OR REPLACE INTO kv VALUES {}", living, columns=4)
+            execute_in_bulk(self._connection, "DELETE FROM kv WHERE (key) IN (VALUES {})", gone, columns=1)
             self._counters = replace(self._counters, revision=revision)
             self._batches.append(WatchBatch(revision, tuple(changes)))
-
-    def _mod_revision(self, key: str) -> int:
-        row = self._connection.execute("SELECT id FROM kv WHERE key = ?", (key,)).fetchone()
-        return 0 if row is None else row[0] >> POSITION_BITS
 
     def _lease_exists(self, lease_id: str) -> bool:
         row = self._connection.execute("SELECT 1 FROM leases WHERE id = ?", (lease_id,)).fetchone()
@@ -182,3 +177,7 @@ class Engine:
     def _load(self) -> _Counters:
         rows: dict[str, int] = dict(self._connection.execute("SELECT name, value FROM meta"))
         return _Counters(rows["revision"], rows["compacted"], rows["purged"])
+
+
+def _mod_revision(item: Item | None) -> int:
+    return 0 if item is None else item.mod_revision

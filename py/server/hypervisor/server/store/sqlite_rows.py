@@ -1,9 +1,14 @@
-"""Reading the database: single keys, pages at a revision, history. Pure queries on a connection; no threads
-here."""
+"""Reading the database: keys, pages at a revision, history; and many rows in few statements. No threads here.
+
+Every row that Python's sqlite3 fetches and every statement it runs gives the interpreter's lock away and has to get
+it back from whatever else the process does, which can take milliseconds. So what is done for each commit takes few
+statements, however much the commit has in it.
+"""
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from hypervisor.server.store.feed import HistoryChunk, compacted
 from hypervisor.server.store.storage import Change, Item, Page, WatchBatch
@@ -12,8 +17,10 @@ from hypervisor.server.store.validation import prefix_end
 __all__ = [
     "POSITION_BITS",
     "check_position",
+    "execute_in_bulk",
     "read_history",
     "read_item",
+    "read_items",
     "read_page",
     "read_revision",
     "snapshot",
@@ -23,6 +30,9 @@ POSITION_BITS = 20
 """``versions.id`` is ``revision << POSITION_BITS | position``: up to a million changes in one revision."""
 
 _HISTORY_ROWS = 1000
+
+_BULK_ROWS = (64, 32, 16, 8, 4, 2, 1)
+"""Rows of one statement: few sizes, so that sqlite3 finds every statement prepared."""
 
 _Row = tuple[int, str, int, str, bytes | None]
 _COLUMNS = "v.id, v.key, v.create_revision, v.lease_id, v.value"
@@ -49,6 +59,40 @@ def read_item(connection: sqlite3.Connection, key: str) -> Item | None:
         f"SELECT {_COLUMNS} FROM kv JOIN versions v ON v.id = kv.id WHERE kv.key = ?", (key,)
     ).fetchone()
     return None if row is None else _item(row)
+
+
+def read_items(connection: sqlite3.Connection, keys: Collection[str]) -> dict[str, Item]:
+    """The living versions of ``keys``, of those that exist."""
+    found: dict[str, Item] = {}
+    wanted = list(keys)
+    for begin, rows in _pieces(len(wanted)):
+        marks = ",".join("?" * rows)
+        for row in connection.execute(
+            f"SELECT {_COLUMNS} FROM kv CROSS JOIN versions v ON v.id = kv.id WHERE kv.key IN ({marks})",
+            wanted[begin : begin + rows],
+        ).fetchall():
+            found[row[1]] = _item(row)
+    return found
+
+
+def execute_in_bulk(
+    connection: sqlite3.Connection, statement: str, values: Sequence[Any], *, columns: int
+) -> None:
+    """Run ``statement`` over rows of ``columns`` values each; ``{}`` in it stands for the rows."""
+    row = f"({','.join('?' * columns)})"
+    for begin, rows in _pieces(len(values) // columns):
+        connection.execute(
+            statement.format(",".join([row] * rows)), values[begin * columns : (begin + rows) * columns]
+        )
+
+
+def _pieces(count: int) -> Iterator[tuple[int, int]]:
+    """``count`` rows cut into pieces (begin, length) of the sizes that statements have."""
+    begin = 0
+    for rows in _BULK_ROWS:
+        while count - begin >= rows:
+            yield begin, rows
+            begin += rows
 
 
 def read_page(

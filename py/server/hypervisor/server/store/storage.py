@@ -173,7 +173,7 @@ class Conflicted:
 class Change:
     """One change of one key.
 
-    ``item`` is None for a deletion; ``previous`` is what was there before (None: nothing).
+    ``item`` is None for a deletion; ``previous`` is what was there before (None: nothing, or not asked for).
     """
 
     key: str
@@ -268,8 +268,13 @@ class Storage(Protocol):
         """
         ...
 
-    def watch(self, prefix: str, *, after_revision: int) -> AsyncGenerator[WatchBatch, None]:
+    def watch(
+        self, prefix: str, *, after_revision: int, with_previous: bool = True
+    ) -> AsyncGenerator[WatchBatch, None]:
         """Changes of the prefix with a revision greater than ``after_revision``, for ever.
+
+        Without ``with_previous`` the changes need not carry what was there before: for consumers that know it, as
+        some backends have to look it up for every change.
 
         An unreachable backend is retried until it is back. Close the iterator (``aclose``;
         ``contextlib.aclosing`` does it) or cancel its task to end it. Raises ``Compacted``. A consumer that
