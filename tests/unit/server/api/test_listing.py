@@ -5,7 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hypervisor.core.errors import InvalidArgument
-from hypervisor.server.api.listing import MAX_PAGE_SIZE, Field, Listing, ListPage, ListQuery
+from hypervisor.server.api.listing import (
+    MAX_PAGE_SIZE,
+    Field,
+    Listing,
+    ListPage,
+    ListQuery,
+    PageMemo,
+)
 
 
 @dataclass(frozen=True)
@@ -182,3 +189,31 @@ def test_a_changed_token_is_refused(data: st.DataObject) -> None:
 
     with pytest.raises(InvalidArgument, match="page_token"):
         THINGS.page(query(1, token[:position] + other + token[position + 1 :]), things)
+
+
+@given(
+    things_of_any_kind,
+    things_of_any_kind,
+    st.sampled_from(["", "name desc"]),
+    st.sampled_from(["", "color=red"]),
+)
+def test_remembered_lists_are_the_same_as_fresh_ones(
+    one: list[Thing], other: list[Thing], order_by: str, filter: str
+) -> None:
+    memo: PageMemo[Thing] = PageMemo(limit=2)
+    many = [Thing(f"\x01{n}", "many") for n in range(150)]
+
+    for version, things in ((1, one + many), (1, one + many), (2, other + many), (1, one + many)):
+        wanted = query(5, "", filter, order_by)
+        fresh, kept = THINGS.page(wanted, things), THINGS.page(wanted, things, memo=memo, version=version)
+        assert kept == fresh
+
+
+def test_a_remembered_list_is_not_made_again() -> None:
+    memo: PageMemo[Thing] = PageMemo()
+    things = [Thing(f"{n:03d}", "x") for n in range(300)]
+    first = THINGS.page(query(), things, memo=memo, version=1)
+
+    second = THINGS.page(query(page_token=first.next_page_token), iter(()), memo=memo, version=1)
+
+    assert [t.id for t in second.items] == [f"{n:03d}" for n in range(100, 200)]

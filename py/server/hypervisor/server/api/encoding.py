@@ -7,6 +7,7 @@ each behind its tag and length.
 
 from collections.abc import Iterable
 from datetime import timedelta
+from functools import lru_cache
 
 from google.protobuf.message import Message
 
@@ -24,6 +25,7 @@ __all__ = ["Encoder", "InstanceBytes", "encoded_event", "encoded_list"]
 _LENGTH_DELIMITED = 2
 
 
+@lru_cache(maxsize=4096)
 def _varint(value: int) -> bytes:
     out = bytearray()
     while value > 0x7F:
@@ -92,6 +94,10 @@ class Encoder:
         self._nodes = nodes
         self._clock = clock
         self._bytes = InstanceBytes()
+
+    def list_version(self) -> tuple[int, int]:
+        """The same as long as lists are: the revision; and the second, as a view that repairs itself keeps its own."""
+        return self._view.revision, int(self._clock.monotonic())
 
     def instance_bytes(self, found: Versioned[Instance]) -> bytes:
         """An encoded Instance."""

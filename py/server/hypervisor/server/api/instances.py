@@ -16,7 +16,7 @@ from hypervisor.server.api.instance_requests import (
     stop_options,
     versioned_ref_of,
 )
-from hypervisor.server.api.listing import Field, Listing, ListQuery, sortable_time
+from hypervisor.server.api.listing import Field, Listing, ListQuery, PageMemo, sortable_time
 from hypervisor.server.api.rpc import Call, Handler
 from hypervisor.server.api.violations import Violations
 from hypervisor.server.services import ClusterView, InstanceRef, Instances, Mutation, Versioned
@@ -54,6 +54,7 @@ class InstanceHandlers:
 
     def __init__(self, view: ClusterView, instances: Instances, encoder: Encoder) -> None:
         self._view = view
+        self._memo: PageMemo[_Found] = PageMemo()
         self._instances = instances
         self._encoder = encoder
 
@@ -99,6 +100,8 @@ class InstanceHandlers:
                 scope=request.project,
             ),
             found,
+            memo=self._memo,
+            version=self._encoder.list_version(),
         )
         rest = compute_pb2.ListInstancesResponse(
             next_page_token=page.next_page_token, revision=self._view.revision, stale=self._view.stale

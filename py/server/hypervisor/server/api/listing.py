@@ -25,6 +25,7 @@ __all__ = [
     "ListPage",
     "ListQuery",
     "Listing",
+    "PageMemo",
     "sortable_time",
 ]
 
@@ -65,6 +66,29 @@ class ListPage(Generic[T]):
     next_page_token: str
 
 
+class PageMemo(Generic[T]):
+    """Sorted lists of the newest version, ``limit`` at most, so that the second page costs no second sorting."""
+
+    def __init__(self, *, limit: int = 8) -> None:
+        self._limit = limit
+        self._version: object = None
+        self._kept: dict[tuple[str, str, str], list[tuple[str, T]]] = {}
+
+    def find(self, version: object, wanted: tuple[str, str, str]) -> list[tuple[str, T]] | None:
+        """The list kept for these arguments, if it is of this version."""
+        return self._kept.get(wanted) if version == self._version else None
+
+    def keep(self, version: object, wanted: tuple[str, str, str], keyed: list[tuple[str, T]]) -> None:
+        """Keep a list that has more than one page's worth; lists of other versions are forgotten."""
+        if version != self._version:
+            self._kept.clear()
+            self._version = version
+        if len(keyed) > DEFAULT_PAGE_SIZE:
+            if len(self._kept) >= self._limit:
+                del self._kept[next(iter(self._kept))]
+            self._kept[wanted] = keyed
+
+
 Test = Callable[[T], bool]
 
 
@@ -86,8 +110,19 @@ class Listing(Generic[T]):
     identity: Callable[[T], str]
     labels: Callable[[T], Mapping[str, str]] | None = None
 
-    def page(self, query: ListQuery, items: Iterable[T]) -> ListPage[T]:
-        """The page asked for. InvalidArgument with every wrong argument at once."""
+    def page(
+        self,
+        query: ListQuery,
+        items: Iterable[T],
+        *,
+        memo: "PageMemo[T] | None" = None,
+        version: object = None,
+    ) -> ListPage[T]:
+        """The page asked for. InvalidArgument with every wrong argument at once.
+
+        ``memo`` keeps what was filtered and sorted for the next page; ``version`` stands for the state of ``items``:
+        the same version, the same items.
+        """
         violations: list[FieldViolation] = []
         if query.page_size < 0:
             violations.append(
@@ -99,12 +134,17 @@ class Listing(Generic[T]):
         if violations:
             raise InvalidArgument.of_fields(tuple(violations), reason="INVALID_LIST_ARGUMENT")
         size = min(query.page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
-        for test in tests:
-            items = filter(test, items)
-        value_of, identity = self.orders[order], self.identity
-        # One text for value and identity: NUL sorts before everything that stands in either.
-        keyed = [(f"{value_of(item)}\0{identity(item)}", item) for item in items]
-        keyed.sort(key=_sort_key, reverse=descending)
+        wanted = (query.filter, query.order_by, query.scope)
+        keyed = None if memo is None else memo.find(version, wanted)
+        if keyed is None:
+            for test in tests:
+                items = filter(test, items)
+            value_of, identity = self.orders[order], self.identity
+            # One text for value and identity: NUL sorts before everything that stands in either.
+            keyed = [(f"{value_of(item)}\0{identity(item)}", item) for item in items]
+            keyed.sort(key=_sort_key, reverse=descending)
+            if memo is not None:
+                memo.keep(version, wanted, keyed)
         begin = 0 if after is None else _begin_after(keyed, after, descending=descending)
         chosen = keyed[begin : begin + size]
         more = begin + size < len(keyed)
@@ -178,7 +218,7 @@ def _sort_key(pair: tuple[str, object]) -> str:
     return pair[0]
 
 
-def _begin_after(keyed: Sequence[tuple[str, object]], after: str, *, descending: bool) -> int:
+def _begin_after(keyed: Sequence[tuple[str, T]], after: str, *, descending: bool) -> int:
     """Index of the first item behind the key ``after``, which need not be there any more."""
     if not descending:
         return bisect.bisect_right(keyed, after, key=_sort_key)

@@ -11,7 +11,7 @@ from hypervisor.core.model import Allocation, Node, NodeResources, OperationReco
 from hypervisor.core.states import NodeRole, NodeStatus
 from hypervisor.server.api.digest import payload_digest
 from hypervisor.server.api.encoding import Encoder
-from hypervisor.server.api.listing import Field, Listing, ListQuery, sortable_time
+from hypervisor.server.api.listing import Field, Listing, ListQuery, PageMemo, sortable_time
 from hypervisor.server.api.node_requests import (
     checked_resources,
     drivers_of,
@@ -102,6 +102,7 @@ class NodeHandlers:
         about: About,
     ) -> None:
         self._view = view
+        self._memo: PageMemo[_Found] = PageMemo()
         self._nodes = nodes
         self._encoder = encoder
         self._identity = identity
@@ -173,7 +174,7 @@ class NodeHandlers:
             filter=request.filter,
             order_by=request.order_by,
         )
-        page = LISTING.page(query, self._view.nodes())
+        page = LISTING.page(query, self._view.nodes(), memo=self._memo, version=self._encoder.list_version())
         return cluster_pb2.ListNodesResponse(
             nodes=map(self._encoder.node, page.items),
             next_page_token=page.next_page_token,

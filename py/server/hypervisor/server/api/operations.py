@@ -3,7 +3,7 @@
 from hypervisor.core.model import OperationRecord
 from hypervisor.core.states import OperationState
 from hypervisor.server.api.encoding import Encoder
-from hypervisor.server.api.listing import Field, Listing, ListQuery, sortable_time
+from hypervisor.server.api.listing import Field, Listing, ListQuery, PageMemo, sortable_time
 from hypervisor.server.api.rpc import Call, Handler
 from hypervisor.server.api.violations import Violations
 from hypervisor.server.services import ClusterView, Kind, Operations, Versioned
@@ -44,6 +44,7 @@ class OperationHandlers:
 
     def __init__(self, view: ClusterView, operations: Operations, encoder: Encoder) -> None:
         self._view = view
+        self._memo: PageMemo[_Found] = PageMemo()
         self._operations = operations
         self._encoder = encoder
 
@@ -72,7 +73,9 @@ class OperationHandlers:
             filter=request.filter,
             order_by=request.order_by,
         )
-        page = LISTING.page(query, self._view.operations())
+        page = LISTING.page(
+            query, self._view.operations(), memo=self._memo, version=self._encoder.list_version()
+        )
         return operation_pb2.ListOperationsResponse(
             operations=(self._encoder.operation(found) for found in page.items),
             next_page_token=page.next_page_token,
