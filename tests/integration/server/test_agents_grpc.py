@@ -5,7 +5,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import grpc
+import grpc.aio
 import pytest
+from msgspec.structs import replace
 
 from hvtest_control_plane import add_node, control_plane, draft, mutation, registration, until
 from hvtest_node import node_under_test
@@ -16,11 +19,11 @@ from hypervisor.agent.resources import FixedResources
 from hypervisor.core.clock import SystemClock
 from hypervisor.core.errors import FailedPrecondition, HypervisorError, NotFound, Unavailable
 from hypervisor.core.ids import new_id
-from hypervisor.core.model import ConsoleSize
+from hypervisor.core.model import ConsoleSize, Node
 from hypervisor.core.resources import Resources
 from hypervisor.core.states import InstanceStatus
 from hypervisor.server.agents import CallContext, ConsoleClosed, ConsoleData, ConsoleOpened
-from hypervisor.server.agents_grpc import AgentPool
+from hypervisor.server.agents_grpc import AgentPool, GrpcAgent
 from hypervisor.server.control_plane import ControlPlane
 from hypervisor.server.services import Caller, InstanceRef, StopOptions
 from hypervisor.server.store.storage import Storage
@@ -173,6 +176,58 @@ async def test_nobody_there_is_node_unreachable(storage: Storage) -> None:
 
         assert refused.value.reason == "NODE_UNREACHABLE"
         assert refused.value.metadata["node"] == "node-1"
+
+
+@asynccontextmanager
+async def silent_agent() -> AsyncIterator[tuple[int, asyncio.Event]]:
+    """Something that takes calls and never answers; yields its port, and what is set at the first call."""
+    called = asyncio.Event()
+
+    async def serve(_: object, __: "grpc.aio.ServicerContext[object, object]") -> None:
+        called.set()
+        await asyncio.Event().wait()
+
+    class Anything(grpc.GenericRpcHandler):
+        def service(self, details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[object, object]":
+            return grpc.stream_stream_rpc_method_handler(serve)
+
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((Anything(),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield port, called
+    finally:
+        await server.stop(None)
+
+
+@pytest.mark.parametrize("kind", ["call", "stats", "console"])
+async def test_a_node_that_moves_ends_what_waits_for_it_as_unreachable(kind: str) -> None:
+    async def one(agent: GrpcAgent) -> None:
+        context = CallContext("x", 20.0)
+        match kind:
+            case "call":
+                await agent.list(context)
+            case "stats":
+                async for _ in agent.watch_stats(new_id("i"), context, interval_s=1.0):
+                    pass
+            case _:
+                await agent.attach_console(new_id("i"), context, read_only=True, replay_bytes=0, size=None)
+
+    async with silent_agent() as (port, called), AgentPool() as pool:
+        now = SystemClock().now()
+        node = Node(
+            id=new_id("n"), hostname="moving", address="127.0.0.1", port=port, created_at=now, updated_at=now
+        )
+        waiting = asyncio.create_task(one(pool.agent(node)))
+        async with asyncio.timeout(10):
+            await called.wait()
+            pool.agent(replace(node, port=1))
+
+            with pytest.raises(Unavailable) as ended:
+                await waiting
+
+        assert ended.value.reason == "NODE_UNREACHABLE"
 
 
 async def test_calls_in_progress_end_as_unreachable_when_the_pool_closes(

@@ -2,10 +2,11 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractContextManager
 
 import grpc
 
-from hypervisor.core.errors import FailedPrecondition, HypervisorError, Unavailable
+from hypervisor.core.errors import FailedPrecondition, Unavailable
 from hypervisor.core.model import ConsoleSize
 from hypervisor.server.agents import ConsoleClosed, ConsoleData, ConsoleOpened, ConsoleSkipped
 from hypervisor.v1 import instance_pb2
@@ -14,6 +15,8 @@ __all__ = ["AgentConsole", "open_console"]
 
 Call = grpc.aio.StreamStreamCall[instance_pb2.ConsoleInput, instance_pb2.ConsoleOutput]
 Output = ConsoleOpened | ConsoleData | ConsoleSkipped | ConsoleClosed
+Translated = Callable[[], AbstractContextManager[None]]
+"""Makes errors of ours of what gRPC raises inside."""
 
 
 class AgentConsole:
@@ -24,26 +27,27 @@ class AgentConsole:
         call: Call,
         opened: ConsoleOpened,
         *,
-        error_of: Callable[[grpc.aio.AioRpcError], HypervisorError],
+        translated: Translated,
     ) -> None:
         self._call = call
         self._opened = opened
-        self._error_of = error_of
+        self._translated = translated
         self._sending = asyncio.Lock()
 
     async def output(self) -> AsyncGenerator[Output, None]:
         """What the viewer receives, ``ConsoleOpened`` first; ends after ``ConsoleClosed``. One consumer."""
         yield self._opened
-        try:
+        while True:
             # Not `async for`: grpc.aio forbids it on a call that `read` was used on.
-            while isinstance(message := await self._call.read(), instance_pb2.ConsoleOutput):
-                event = _event(message)
-                if event is not None:
-                    yield event
-                if isinstance(event, ConsoleClosed):
-                    return
-        except grpc.aio.AioRpcError as exc:
-            raise self._error_of(exc) from exc
+            with self._translated():
+                message = await self._call.read()
+            if not isinstance(message, instance_pb2.ConsoleOutput):
+                break
+            event = _event(message)
+            if event is not None:
+                yield event
+            if isinstance(event, ConsoleClosed):
+                return
         yield ConsoleClosed("DETACHED")
 
     async def send(self, data: bytes) -> None:
@@ -65,9 +69,8 @@ class AgentConsole:
     async def _write(self, message: instance_pb2.ConsoleInput) -> None:
         try:
             async with self._sending:  # grpc.aio takes one write at a time
-                await self._call.write(message)
-        except grpc.aio.AioRpcError as exc:
-            raise self._error_of(exc) from exc
+                with self._translated():
+                    await self._call.write(message)
         except asyncio.InvalidStateError as exc:
             raise FailedPrecondition("the console has ended", reason="CONSOLE_ENDED") from exc
 
@@ -80,7 +83,7 @@ async def open_console(
     read_only: bool,
     replay_bytes: int,
     size: ConsoleSize | None,
-    error_of: Callable[[grpc.aio.AioRpcError], HypervisorError],
+    translated: Translated,
 ) -> AgentConsole:
     """Begin a session on a fresh call; the call is cancelled when that fails."""
     opening = instance_pb2.ConsoleInput.Open(
@@ -90,10 +93,9 @@ async def open_console(
         opening.size.width, opening.size.height = size.width, size.height
     try:
         async with asyncio.timeout(timeout_s):
-            await call.write(instance_pb2.ConsoleInput(open=opening))
-            first = await call.read()
-    except grpc.aio.AioRpcError as exc:
-        raise error_of(exc) from exc
+            with translated():
+                await call.write(instance_pb2.ConsoleInput(open=opening))
+                first = await call.read()
     except TimeoutError as exc:
         call.cancel()
         raise Unavailable(
@@ -112,7 +114,7 @@ async def open_console(
             reason="CONSOLE_ENDED",
             retry_after_s=1.0,
         )
-    return AgentConsole(call, event, error_of=error_of)
+    return AgentConsole(call, event, translated=translated)
 
 
 def _event(message: instance_pb2.ConsoleOutput) -> Output | None:

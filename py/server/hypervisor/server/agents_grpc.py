@@ -1,7 +1,8 @@
 """Agents over gRPC: one channel per address, deadlines on every call, errors of the one tree. Implements ``Agents``."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import grpc
@@ -32,7 +33,6 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_permit_without_calls", 0),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5_000),
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.use_local_subchannel_pool", 1),
@@ -97,10 +97,9 @@ class GrpcAgent:
         )
         call = self._stub.WatchInstanceStats(request, metadata=_metadata(context))
         try:
-            async for sample in call:
-                yield stats_from_wire(sample)
-        except grpc.aio.AioRpcError as exc:
-            raise self._error(exc) from exc
+            with self._translated():
+                async for sample in call:
+                    yield stats_from_wire(sample)
         finally:
             call.cancel()
 
@@ -121,17 +120,31 @@ class GrpcAgent:
             read_only=read_only,
             replay_bytes=replay_bytes,
             size=size,
-            error_of=self._error,
+            translated=self._translated,
         )
 
     async def _call(self, method: Callable[..., Awaitable[R]], request: object, context: CallContext) -> R:
-        try:
+        with self._translated():
             return await method(request, timeout=context.timeout_s, metadata=_metadata(context))
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """What gRPC raises inside, as errors of ours."""
+        try:
+            yield
         except grpc.aio.AioRpcError as exc:
             raise self._error(exc) from exc
         except grpc.aio.UsageError as exc:
-            # The channel was closed under us: the node left, or its address changed.
+            # The channel was closed before the call: the node left, or its address changed.
             raise self._unreachable(str(exc)) from exc
+        except asyncio.CancelledError as exc:
+            # A channel that is closed under a call ends it like this, in a task that nobody has cancelled.
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise self._unreachable(
+                f"the connection to {self._peer} was closed: its node left or moved"
+            ) from exc
 
     def _error(self, failure: grpc.aio.AioRpcError) -> HypervisorError:
         error = from_rpc_error(failure, peer=self._peer)
@@ -156,8 +169,12 @@ class GrpcAgent:
 class AgentPool:
     """Channels to agents, made when first used and closed when nodes vanish. Enter it with ``async with``."""
 
-    def __init__(self, *, credentials: grpc.ChannelCredentials | None = None) -> None:
+    def __init__(
+        self, *, credentials: grpc.ChannelCredentials | None = None, connect_timeout_s: float = 5.0
+    ) -> None:
         self._credentials = credentials
+        # Its name says "backoff", yet it is how long gRPC lets one attempt to connect take.
+        self._options = (*_OPTIONS, ("grpc.min_reconnect_backoff_ms", round(connect_timeout_s * 1000)))
         self._channels: dict[str, tuple[str, grpc.aio.Channel, GrpcAgent]] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -177,9 +194,9 @@ class AgentPool:
                 return known[2]
             self._close(node.id)
         if self._credentials is None:
-            channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+            channel = grpc.aio.insecure_channel(address, options=self._options)
         else:
-            channel = grpc.aio.secure_channel(address, self._credentials, options=_OPTIONS)
+            channel = grpc.aio.secure_channel(address, self._credentials, options=self._options)
         agent = GrpcAgent(channel, hostname=node.hostname, address=address)
         self._channels[node.id] = (address, channel, agent)
         return agent

@@ -68,7 +68,10 @@ async def run_server(
         storage = await open_storage(settings.store_config(), clock)
         stack.push_async_callback(storage.aclose)
         pool = await stack.enter_async_context(
-            AgentPool(credentials=None if agent_tls is None else channel_credentials(agent_tls))
+            AgentPool(
+                credentials=None if agent_tls is None else channel_credentials(agent_tls),
+                connect_timeout_s=settings.agents.connect_timeout,
+            )
         )
         server, port = make_server(
             settings.server.grpc_address,

@@ -55,9 +55,9 @@ class ConsoleHandlers:
                 async for event in events:
                     for message in _messages(event):
                         yield message
-        except (asyncio.CancelledError, HypervisorError):
-            # The viewer's own fault ended the session: that is what it should be told, unless it is gone itself.
-            if typing.error is None or _being_cancelled():
+        except HypervisorError:
+            # The viewer's own fault ended the session: that is what it should be told.
+            if typing.error is None:
                 raise
         finally:
             typing_task.cancel()
@@ -123,11 +123,6 @@ class _Typing:
             size: ConsoleSize = console_size("resize", request.resize, wrong)
             wrong.check()
             await self._session.resize(size)
-
-
-def _being_cancelled() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 async def _first(requests: AsyncIterator[instance_pb2.ConsoleInput]) -> instance_pb2.ConsoleInput.Open:
