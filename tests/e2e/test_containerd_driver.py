@@ -2,15 +2,19 @@
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from hvtest_agent_waiting import within
 from hvtest_containerd import PrivateContainerd, missing_programs
@@ -19,9 +23,13 @@ from hvtest_driver_contract import DriverContract
 from hvtest_hostile_archives import HOSTILE_ARCHIVES, docker_archive
 from hypervisor.agent.drivers.containerd import ContainerdDriver
 from hypervisor.agent.drivers.containerd.client import Client
+from hypervisor.agent.drivers.containerd.console import ConsoleFifos
+from hypervisor.agent.drivers.containerd.events import EventFeed, EventHandlers
+from hypervisor.agent.drivers.containerd.labels import Record
 from hypervisor.agent.drivers.containerd.runtime import Runtime
 from hypervisor.agent.drivers.driver import Assignment, Console
-from hypervisor.core.errors import InvalidArgument, NotFound, Unavailable
+from hypervisor.core.clock import SystemClock
+from hypervisor.core.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from hypervisor.core.ids import new_id
 from hypervisor.core.model import ConsoleSize, InstanceSpec, Observation
 from hypervisor.core.resources import MIB
@@ -307,7 +315,7 @@ class TestConsole:
 
         output = await read_until(console, b"  -")
         await writing
-        assert b"ed3ea8fe9a38fb04cd33fdd8aabd9fe4" in output or len(output) > 32
+        assert hashlib.md5(b"y" * 1_000_000).hexdigest().encode() in output
         await console.close()
 
 
@@ -441,6 +449,135 @@ class TestFailure:
             assert (await second.start(made.instance_id)).status is InstanceStatus.RUNNING
         finally:
             await second.aclose()
+
+    async def test_a_start_that_was_recorded_but_never_began_is_no_lost_run(
+        self, bench: ContainerdBench, driver: ContainerdDriver
+    ) -> None:
+        made = assignment(bench.shell())
+        await driver.create(made)
+        client = Client(bench.config.address, namespace=bench.config.namespace, timeout_s=10.0)
+        runtime = Runtime(client, bench.config)
+        container = await runtime.get_container(made.instance_id)
+        assert container is not None
+        record = Record.from_labels(container.labels)
+        stdin, stdout = ConsoleFifos(bench.config.console_root, buffer_bytes=1 << 16).make(made.instance_id)
+        try:
+            mounts = await runtime.mounts(made.instance_id)
+            await runtime.create_task(made.instance_id, mounts=mounts, stdin=str(stdin), stdout=str(stdout))
+            await runtime.update_container(replace(record, started_at=datetime.now(UTC)))
+        finally:
+            await client.aclose()
+
+        second = await bench.open()
+        try:
+            adopted = await second.recover(made.instance_id, {})
+            assert adopted is not None
+            assert (adopted.status, adopted.reason, adopted.started_at) == (InstanceStatus.STOPPED, "", None)
+            assert (await second.get(made.instance_id)).status is InstanceStatus.STOPPED
+        finally:
+            await second.aclose()
+
+    async def test_a_failed_start_leaves_the_record_of_the_run_before(
+        self, bench: ContainerdBench, driver: ContainerdDriver, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made = await started(driver, bench.exits(0))
+
+        async def ended() -> bool:
+            return (await driver.get(made.instance_id)).finished_at is not None
+
+        await until(ended, what="the run ends")
+        before = await driver.stop(made.instance_id, grace_s=0.0)
+
+        async def refuse(_: Runtime, instance_id: str) -> None:
+            await asyncio.sleep(0.2)  # The record is written meanwhile.
+            raise FailedPrecondition(f"start {instance_id}: no", reason="RUNTIME_REFUSED")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Runtime, "start_task", refuse)
+            with pytest.raises(FailedPrecondition):
+                await driver.start(made.instance_id)
+
+        after = await driver.get(made.instance_id)
+        assert (after.status, after.started_at, after.finished_at) == (
+            before.status,
+            before.started_at,
+            before.finished_at,
+        )
+
+    async def test_a_stop_cut_off_by_the_agents_death_is_still_known_as_asked_for(
+        self, bench: ContainerdBench, driver: ContainerdDriver
+    ) -> None:
+        made = await started(
+            driver,
+            bench.spec("trap 'echo asked; read line; exit 143' TERM; echo ready; while :; do sleep 0.05; done"),
+        )
+        console = await driver.attach(made.instance_id)
+        await read_until(console, b"ready")
+        stopping = asyncio.ensure_future(driver.stop(made.instance_id, grace_s=30.0))
+        await read_until(console, b"asked")
+        await driver.aclose()
+        await within(asyncio.wait({stopping}), what="the stop breaks off with its agent")
+        assert stopping.cancelled() or stopping.exception() is not None
+
+        second = await bench.open()
+        try:
+            assert (await second.get(made.instance_id)).status is InstanceStatus.RUNNING
+            console = await second.attach(made.instance_id)
+            await console.write(b"go\n")
+
+            async def ended() -> bool:
+                return (await second.get(made.instance_id)).finished_at is not None
+
+            await until(ended, what="the program ends")
+            await console.close()
+            seen = await second.recover(made.instance_id, {})
+            assert seen is not None
+            assert (seen.status, seen.reason, seen.exit_code) == (InstanceStatus.STOPPED, "KILLED", 143)
+            await second.start(made.instance_id)
+            await second.stop(made.instance_id, grace_s=0.0)
+        finally:
+            await second.aclose()
+
+    async def test_a_defect_in_an_events_handling_ends_the_feed_only_until_it_is_asked_again(
+        self, bench: ContainerdBench
+    ) -> None:
+        listings: list[int] = []
+
+        async def resync() -> tuple[Observation, ...]:
+            listings.append(1)
+            if len(listings) == 1:
+                raise ZeroDivisionError("a defect")
+            return (
+                Observation(
+                    instance_id="i-1",
+                    generation=1,
+                    epoch=1,
+                    status=InstanceStatus.RUNNING,
+                    observed_at=datetime.now(UTC),
+                ),
+            )
+
+        async def nothing(_: object) -> None:
+            return None
+
+        client = Client(bench.config.address, namespace=bench.config.namespace, timeout_s=10.0)
+        feed = EventFeed(
+            client,
+            EventHandlers(on_exit=nothing, on_oom=nothing, resync=resync),
+            namespace=bench.config.namespace,
+            clock=SystemClock(),
+            rng=random.Random(1),
+        )
+        try:
+            with pytest.raises(ExceptionGroup):
+                await within(anext(feed), what="the defect is told")
+            seen = await within(anext(feed), what="the feed goes on")
+            assert seen.instance_id == "i-1"
+        finally:
+            await feed.aclose()
+            await client.aclose()
+        with pytest.raises(StopAsyncIteration):
+            await anext(feed)
 
     async def test_what_an_interrupted_create_or_delete_left_is_removed(
         self, bench: ContainerdBench, driver: ContainerdDriver

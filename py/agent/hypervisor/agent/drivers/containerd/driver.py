@@ -229,19 +229,21 @@ class ContainerdDriver:
                     metadata={"instance_id": instance_id},
                 ) from exc
         stdin, stdout = self._fifos.make(instance_id)
-        record = replace(live.record, started_at=self._clock.now(), end=None)
+        record = replace(live.record, started_at=self._clock.now(), stop_asked=False, end=None)
+        recorded = False
         try:
             live.pid = await self._runtime.create_task(
                 instance_id, mounts=mounts, stdin=str(stdin), stdout=str(stdout)
             )
             live.cgroup = self._tracker.locate(live.pid)
             self._limit_cpu(live)
+            recorded = True
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._runtime.update_container(record))
                 group.create_task(self._runtime.start_task(instance_id))
         except BaseException as exc:
             live.forget_run()
-            await self._undo_start(instance_id)
+            await self._undo_start(live, recorded=recorded)
             error = exc.exceptions[0] if isinstance(exc, BaseExceptionGroup) else exc
             if isinstance(error, HypervisorError):
                 raise explain_start_failure(error) from exc
@@ -263,9 +265,12 @@ class ContainerdDriver:
                 metadata={"instance_id": live.record.instance_id},
             ) from exc
 
-    async def _undo_start(self, instance_id: str) -> None:
+    async def _undo_start(self, live: Live, *, recorded: bool) -> None:
+        instance_id = live.record.instance_id
         try:
             await self._tracker.remove_task(instance_id)
+            if recorded:
+                await self._runtime.update_container(live.record)
         except HypervisorError as exc:
             # The next start or the delete removes it.
             _log.warning("container_start_not_undone", instance_id=instance_id, error=str(exc))
@@ -278,6 +283,7 @@ class ContainerdDriver:
             state = await self._runtime.task_state(instance_id)
             requested = state is not None and state.phase is not TaskPhase.STOPPED
             if state is not None and requested:
+                await self._tracker.note_stop(live)
                 await self._end_politely(instance_id, live, state, grace_s=grace_s)
             observation = await self._tracker.settle(live, requested=requested)
             if requested:

@@ -60,7 +60,7 @@ class EventHandlers:
 class EventFeed(AsyncIterator[Observation]):
     """Observations for ever; one consumer. Its task runs from the first ``anext`` to :meth:`aclose`.
 
-    On a full queue (1,024) events wait in containerd's stream.
+    Should it end by a defect, ``anext`` raises that once, and the next one begins anew with a listing. On a full queue (1,024) events wait in containerd's stream.
     """
 
     def __init__(
@@ -73,11 +73,14 @@ class EventFeed(AsyncIterator[Observation]):
         self._rng = rng
         self._queue: asyncio.Queue[Observation | None] = asyncio.Queue(_QUEUE)
         self._pump: asyncio.Task[None] | None = None
+        self._closed = False
 
     def __aiter__(self) -> "EventFeed":
         return self
 
     async def __anext__(self) -> Observation:
+        if self._closed and self._pump is None:
+            raise StopAsyncIteration
         if self._pump is None:
             self._pump = asyncio.create_task(self._run(), name="containerd-events")
             self._pump.add_done_callback(self._wake_consumer)
@@ -86,13 +89,16 @@ class EventFeed(AsyncIterator[Observation]):
         observation = await self._queue.get()
         return self._finish(self._pump) if observation is None else observation
 
-    def _wake_consumer(self, _: "asyncio.Task[None]") -> None:
+    def _wake_consumer(self, pump: "asyncio.Task[None]") -> None:
+        if pump is not self._pump:
+            return
         # On a full queue nobody waits, and the end is seen when it is empty.
         with contextlib.suppress(asyncio.QueueFull):
             self._queue.put_nowait(None)
 
-    @staticmethod
-    def _finish(pump: "asyncio.Task[None]") -> NoReturn:
+    def _finish(self, pump: "asyncio.Task[None]") -> NoReturn:
+        if not self._closed:
+            self._pump = None
         if not pump.cancelled():
             # It runs for ever: that it ended is a defect, for the consumer to see.
             pump.result()
@@ -100,6 +106,7 @@ class EventFeed(AsyncIterator[Observation]):
 
     async def aclose(self) -> None:
         """End the feed. Idempotent."""
+        self._closed = True
         if self._pump is not None and not self._pump.done():
             self._pump.cancel()
             await asyncio.wait({self._pump})

@@ -22,6 +22,7 @@ _FINISHED_AT = "hypervisor/finished-at"
 _EXIT_CODE = "hypervisor/exit-code"
 _END_REASON = "hypervisor/end-reason"
 _REQUESTED = "hypervisor/end-requested"
+_STOP_ASKED = "hypervisor/stop-asked"
 
 
 class RunEnd(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +49,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     cpu_millis: int
     """What a start limits it to."""
     started_at: datetime | None = None
+    stop_asked: bool = False
+    """Whether this run was told to end: recorded before it is, so that its end is known as asked for whoever sees it."""
     end: RunEnd | None = None
 
     def to_labels(self) -> dict[str, str]:
@@ -63,6 +66,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
         }
         if self.started_at is not None:
             labels[_STARTED_AT] = self.started_at.isoformat()
+        if self.stop_asked:
+            labels[_STOP_ASKED] = "true"
         if self.end is not None:
             labels[_FINISHED_AT] = self.end.finished_at.isoformat()
             labels[_EXIT_CODE] = str(self.end.exit_code)
@@ -92,6 +97,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
                 stop_signal=int(labels[_STOP_SIGNAL]),
                 cpu_millis=int(labels[_CPU_MILLIS]),
                 started_at=None if started is None else datetime.fromisoformat(started),
+                stop_asked=labels.get(_STOP_ASKED) == "true",
                 end=end,
             )
         except KeyError as exc:

@@ -100,7 +100,11 @@ class Tracker:
             live = self.live.get(record.instance_id)
             kills = 0 if live is None else self.oom_kills(record.instance_id, live)
             end = end_of_run(
-                state.exit_code, state.exited_at, oom_kills=kills, requested=False, now=self._clock.now()
+                state.exit_code,
+                state.exited_at,
+                oom_kills=kills,
+                requested=record.stop_asked,
+                now=self._clock.now(),
             )
             record = replace(record, end=end)
         return observe(record, state, runtime=f"{DRIVER_NAME} {version}", now=self._clock.now())
@@ -186,6 +190,16 @@ class Tracker:
                 await self._runtime.resume_task(instance_id)
             await self._runtime.wait_task(instance_id, timeout_s=_FORCED_END_S)
 
+    async def note_stop(self, live: Live) -> None:
+        """Record that the run is told to end; called with the instance's lock held, before it is told.
+
+        Should the agent die before it sees the end, the next one knows that it was asked for.
+        """
+        if not live.record.stop_asked:
+            record = replace(live.record, stop_asked=True)
+            await self._runtime.update_container(record)
+            live.record = record
+
     async def settle(self, live: Live, *, requested: bool, seen: TaskExit | None = None) -> Observation:
         """Record how a run ended and let its shim go; called with the instance's lock held.
 
@@ -204,7 +218,7 @@ class Tracker:
                 exit_code,
                 exited_at,
                 oom_kills=self.oom_kills(instance_id, live),
-                requested=requested,
+                requested=requested or live.record.stop_asked,
                 now=self._clock.now(),
             )
             record = replace(live.record, end=end)
@@ -214,6 +228,14 @@ class Tracker:
             await self._runtime.delete_task(instance_id)
         live.forget_run()
         return await self.observe(live.record, None)
+
+    async def _undo_half_start(self, live: Live) -> None:
+        """An agent died between making the task and starting it: it never ran, whatever was recorded ahead."""
+        await self.remove_task(live.record.instance_id)
+        if live.record.started_at is not None and live.record.end is None:
+            record = replace(live.record, started_at=None)
+            await self._runtime.update_container(record)
+            live.record = record
 
     def oom_kills(self, instance_id: str, live: Live) -> int:
         """How many of its processes the kernel killed for lack of memory, while its control group is there."""
@@ -284,8 +306,7 @@ class Tracker:
             return await self.settle(live, requested=False)
         if state.phase is TaskPhase.CREATED:
             if not live.pid:
-                # An agent died between making the task and starting it.
-                await self.remove_task(instance_id)
+                await self._undo_half_start(live)
             return await self.observe(live.record, None)
         self._fifos.adopt(instance_id)
         if live.cgroup is None:
