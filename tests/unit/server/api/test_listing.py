@@ -56,8 +56,8 @@ def all_pages(things: list[Thing], *, size: int, order_by: str = "", filter: str
 things_of_any_kind = st.lists(
     st.builds(
         Thing,
-        id=st.text(st.characters(min_codepoint=1), min_size=1, max_size=4),
-        name=st.text(st.characters(min_codepoint=1), max_size=3),
+        id=st.text(st.characters(codec="utf-8", min_codepoint=1), min_size=1, max_size=4),
+        name=st.text(st.characters(codec="utf-8", min_codepoint=1), max_size=3),
         color=st.sampled_from(["red", "green"]),
     ),
     unique_by=lambda t: t.id,
