@@ -12,7 +12,7 @@ from hypervisor.core.clock import Clock
 from hypervisor.core.ids import IdSource
 from hypervisor.core.settings import split_address
 from hypervisor.core.tls import channel_credentials, server_credentials, server_ssl_context
-from hypervisor.server import auth
+from hypervisor.server import auth, keys
 from hypervisor.server.agents_grpc import AgentPool
 from hypervisor.server.api.nodes import About
 from hypervisor.server.api.rpc import Dispatcher
@@ -65,7 +65,7 @@ async def run_server(
     server_id = new_id("s")
     metrics = Metrics()
     async with AsyncExitStack() as stack:
-        storage = await open_storage(settings.store_config(), clock)
+        storage = await open_storage(settings.store_config(), clock, sessions=keys.SESSIONS)
         stack.push_async_callback(storage.aclose)
         pool = await stack.enter_async_context(
             AgentPool(

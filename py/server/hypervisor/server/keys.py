@@ -29,6 +29,7 @@ __all__ = [
     "LEADER_ELECTION",
     "LEADER_PREFIX",
     "PREFIX",
+    "SESSIONS",
     "RecordKey",
     "allocation",
     "hostname",
@@ -47,6 +48,8 @@ PREFIX = "/hypervisor/"
 LEADER_ELECTION = "reconciler"
 """Name of the election whose winner does the cluster's singleton work."""
 LEADER_PREFIX = f"{PREFIX}elections/{LEADER_ELECTION}/"
+SESSIONS = (f"{PREFIX}leases/servers/", LEADER_PREFIX)
+"""Prefixes of what a server's process holds only while it lives."""
 
 
 @dataclass(frozen=True, slots=True)
