@@ -209,3 +209,22 @@ async def test_a_node_leaves_when_it_is_empty_and_dead(storage: Storage) -> None
             plane.nodes.resolve("node-1")
         left = [i.key for i in (await storage.list(keys.PREFIX)).items if joining.id in i.key]
         assert left == []
+
+
+async def test_what_was_measured_on_a_node_is_forgotten_by_every_server_when_it_leaves(
+    storage: Storage,
+) -> None:
+    agents, joining = MemoryAgents(), registration()
+    async with (
+        control_plane(storage, agents) as one,
+        control_plane(storage, agents, server_id="s-2") as other,
+    ):
+        await one.nodes.register(joining)
+        await until(lambda: other.view.node_alive(joining.id))
+        await other.nodes.heartbeat(joining.id, joining.incarnation, joining.resources, {})
+        await until(lambda: not one.view.node_alive(joining.id))
+        assert other.nodes.usage(joining.id) is not None
+
+        await one.nodes.deregister(joining.id, mutation(), resource_version=0)
+
+        await until(lambda: other.nodes.usage(joining.id) is None)

@@ -328,3 +328,24 @@ async def test_the_leader_forgets_old_history(storage: Storage) -> None:
         changes = plane.view.changes(after_revision=before)
         assert await asyncio.wait_for(anext(changes), 5), "what is in memory can still be had"
         assert plane.instances.resolve(InstanceRef("i0")).value.status is InstanceStatus.RUNNING
+
+
+async def test_a_status_that_cannot_be_recorded_is_refused_as_the_store_refused_it(
+    memory: StoreThatFails,
+) -> None:
+    agents, joining = MemoryAgents(), registration()
+    async with control_plane(memory, agents, change=long_leases) as plane:
+        await plane.nodes.register(joining)
+        await plane.instances.create(draft("web"), mutation())
+        ended = agents.by_node[joining.id].end(
+            plane.instances.resolve(InstanceRef("web")).value.id, exit_code=1
+        )
+
+        memory.down = True
+        with pytest.raises(Unavailable) as refused:
+            await plane.nodes.update_status(
+                joining.id, joining.incarnation, drivers=None, observations=(ended,)
+            )
+        memory.down = False
+
+        assert refused.value.reason == "STORE_UNAVAILABLE"

@@ -28,7 +28,14 @@ from hypervisor.server.node_changes import (
     record_registration,
 )
 from hypervisor.server.operations import OperationService
-from hypervisor.server.services import HeartbeatTimes, Kind, Mutation, NodeRegistration, Versioned
+from hypervisor.server.services import (
+    ClusterChange,
+    HeartbeatTimes,
+    Kind,
+    Mutation,
+    NodeRegistration,
+    Versioned,
+)
 from hypervisor.server.store.storage import OutcomeUnknown, Storage
 from hypervisor.server.verbs import check_version
 from hypervisor.server.view import StoreView
@@ -61,6 +68,7 @@ class NodeService:
         self._times = times
         self._usage: dict[str, tuple[NodeResources, float]] = {}
         self._stats: dict[str, Mapping[str, InstanceStats]] = {}
+        view.add_listener(self._forget_gone)
 
     async def register(self, registration: NodeRegistration) -> tuple[Versioned[Node], HeartbeatTimes]:
         lease = await self._storage.grant_lease(self._times.timeout_s)
@@ -124,10 +132,7 @@ class NodeService:
             placed = [i.value for i in self._view.instances_on(found.value.id)]
             record_deregistration(draft, found.value, placed=len(placed))
 
-        operation = await self._at_once("deregister", node, mutation, resource_version, change)
-        self._usage.pop(operation.value.object_id, None)
-        self._stats.pop(operation.value.object_id, None)
-        return operation
+        return await self._at_once("deregister", node, mutation, resource_version, change)
 
     async def cordon(
         self, node: str, mutation: Mutation, *, reason: str, resource_version: int
@@ -166,6 +171,13 @@ class NodeService:
         """The newest sample of an instance that came with a heartbeat to this server."""
         found = self._view.instance(instance_id)
         return None if found is None else self._stats.get(found.value.node_id, {}).get(instance_id)
+
+    def _forget_gone(self, changes: tuple[ClusterChange, ...]) -> None:
+        """Drop what was measured on nodes that left, whichever server they left at."""
+        for change in changes:
+            if change.kind is Kind.NODE and change.current is None:
+                self._usage.pop(change.object_id, None)
+                self._stats.pop(change.object_id, None)
 
     async def _at_once(
         self,
@@ -247,9 +259,16 @@ class NodeService:
 
     async def _commit_all(self, decisions: Sequence[Decision[bool]]) -> list[bool]:
         """Commit many decisions in as few transactions as they fit in."""
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._committer.commit(decision)) for decision in decisions]
-        return [task.result().value for task in tasks]
+        # Not a task group: it would wrap the store's refusal, which the caller is to be told as it is.
+        outcomes = await asyncio.gather(
+            *(self._committer.commit(decision) for decision in decisions), return_exceptions=True
+        )
+        decided = []
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+            decided.append(outcome.value)
+        return decided
 
 
 def _differs(old: Resources, new: Resources) -> bool:
