@@ -349,3 +349,25 @@ async def test_a_status_that_cannot_be_recorded_is_refused_as_the_store_refused_
         memory.down = False
 
         assert refused.value.reason == "STORE_UNAVAILABLE"
+
+
+class StoreThatKeepsLeases(MemoryStorage):
+    """A store whose disk is full: it cannot write that a lease has ended."""
+
+    async def revoke_lease(self, lease_id: str) -> None:
+        raise ResourceExhausted("the disk is full", reason="STORE_DISK_FULL")
+
+
+async def test_a_full_store_does_not_keep_a_server_from_leaving() -> None:
+    storage = StoreThatKeepsLeases(SystemClock())
+    async with control_plane(storage, MemoryAgents(), change=long_leases) as plane:
+        record = keys.server_lease(plane.membership.record.id).path
+        joined_before = plane.view.mod_revision(record)
+        staying = asyncio.create_task(plane.membership.run())
+        await until(lambda: plane.view.mod_revision(record) > joined_before)
+
+        staying.cancel()
+        await asyncio.wait({staying})
+
+        assert staying.cancelled()
+    await storage.aclose()

@@ -5,7 +5,7 @@ import asyncio
 import structlog
 
 from hypervisor.core.clock import Clock
-from hypervisor.core.errors import HypervisorError, NotFound, Unavailable
+from hypervisor.core.errors import HypervisorError, NotFound
 from hypervisor.core.ids import IdSource
 from hypervisor.server import keys
 from hypervisor.server.committer import GroupCommitter
@@ -85,9 +85,9 @@ class Membership:
         draft.put(keys.server_lease(self._record.id), self._record, lease_id=lease_id)
 
     async def _leave(self, lease_id: str) -> None:
-        # Leaving early is a courtesy (others take over sooner); the lease ends by itself. A store that hangs is
-        # bounded by its own request time-out.
+        # Leaving early is a courtesy (others take over sooner); the lease ends by itself, whatever the store answers.
+        # A store that hangs is bounded by its own request time-out.
         try:
             await self._storage.revoke_lease(lease_id)
-        except Unavailable as exc:
+        except HypervisorError as exc:
             log.warning("server_leave_failed", reason=exc.reason, error=str(exc))
