@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hvtest_certificates import make_authority, make_pair, require_openssl
+from hvtest_certificates import Authority, require_openssl
 from hvtest_etcd import EtcdServer, free_port
 from hvtest_storage import apply, count_is, read_watch, unique_root
 from hypervisor.core.clock import SystemClock
@@ -22,11 +22,10 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two authorities; the first has signed etcd and a client, the second a stranger."""
     require_openssl()
     directory = tmp_path_factory.mktemp("certificates")
-    for authority in ("ca", "other-ca"):
-        make_authority(directory, authority)
-    make_pair(directory, "etcd", authority="ca", names="DNS:etcd.test")
-    make_pair(directory, "client", authority="ca", names="DNS:server.test")
-    make_pair(directory, "stranger", authority="other-ca", names="DNS:server.test")
+    ours, others = Authority(directory), Authority(directory, "other-ca")
+    ours.pair("etcd", names="DNS:etcd.test")
+    ours.pair("client", names="DNS:server.test")
+    others.pair("stranger", names="DNS:server.test")
     return directory
 
 

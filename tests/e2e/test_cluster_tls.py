@@ -6,7 +6,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from hvtest_certificates import make_authority, make_pair, require_openssl
+from hvtest_certificates import Authority, require_openssl
 from hvtest_programs import ProgramCluster
 from hypervisor.v1 import cluster_pb2
 
@@ -16,11 +16,10 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An authority with a server, an agent and an operator, and a stranger of another authority."""
     require_openssl()
     directory = tmp_path_factory.mktemp("certificates")
-    make_authority(directory, "ca")
-    make_authority(directory, "other-ca")
+    ours, others = Authority(directory), Authority(directory, "other-ca")
     for name in ("server", "agent", "operator"):
-        make_pair(directory, name, authority="ca", names="DNS:localhost,IP:127.0.0.1")
-    make_pair(directory, "stranger", authority="other-ca", names="DNS:localhost,IP:127.0.0.1")
+        ours.pair(name)
+    others.pair("stranger")
     return directory
 
 

@@ -1,10 +1,19 @@
 """Certificates for tests, made by the openssl program: an authority, and pairs that it signed."""
 
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Authority", "Pair"]
+import pytest
+
+__all__ = ["Authority", "Pair", "require_openssl"]
+
+
+def require_openssl() -> None:
+    """Skip the test, with the reason printed, where there is no openssl."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed (Debian: apt-get install openssl)")
 
 
 def _openssl(*arguments: str, directory: Path) -> None:
@@ -32,10 +41,10 @@ class Authority:
             directory=directory,
         )
 
-    def pair(self, name: str) -> Pair:
-        """A pair for ``CN=name`` that is good for 127.0.0.1, as server and as client."""
+    def pair(self, name: str, *, names: str = "IP:127.0.0.1,DNS:localhost") -> Pair:
+        """A pair for ``CN=name`` that is good for ``names``, as server and as client."""
         (self._directory / f"{name}.ext").write_text(
-            "subjectAltName=IP:127.0.0.1,DNS:localhost\nextendedKeyUsage=serverAuth,clientAuth\nbasicConstraints=CA:FALSE\n"
+            f"subjectAltName={names}\nextendedKeyUsage=serverAuth,clientAuth\nbasicConstraints=CA:FALSE\n"
         )
         _openssl(
             *("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
