@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from hvtest_agent_waiting import until
-from hvtest_node import assignment, node_under_test, ref
+from hvtest_node import NodeUnderTest, assignment, node_under_test, ref
 from hypervisor.agent.drivers.driver import Assignment
 from hypervisor.agent.drivers.fake import FakeConfig, FakeDriver
 from hypervisor.agent.entries import Entry, Phase
 from hypervisor.agent.journal import Journal
 from hypervisor.core.clock import SystemClock
-from hypervisor.core.errors import InvalidArgument
+from hypervisor.core.errors import InvalidArgument, Unavailable
 from hypervisor.core.states import InstanceStatus
 
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
@@ -204,12 +204,7 @@ async def test_a_start_cut_off_after_it_happened_is_not_repeated(tmp_path: Path,
     await _journalled(tmp_path, wanted, phase, since=LONG_AGO)
 
     async with node_under_test(tmp_path) as node:
-        await until(
-            lambda: all(
-                s.entry is not None and s.entry.phase is Phase.READY for s in node.manager._instances.slots()
-            ),
-            what="the start is settled",
-        )
+        await until(lambda: _all_settled(node), what="the start is settled")
 
         (seen,) = await node.driver.list()
         assert seen.exit_code == 2
@@ -243,3 +238,77 @@ async def test_a_start_that_fails_for_good_leaves_the_instance_as_it_is(tmp_path
 
         (seen,) = await node.manager.list()
         assert seen.status is InstanceStatus.STOPPED
+
+
+@pytest.mark.parametrize("phase", [Phase.STARTING, Phase.RESTARTING])
+async def test_a_start_cut_off_that_the_driver_refuses_is_given_up(tmp_path: Path, phase: Phase) -> None:
+    wanted = assignment()
+    await _in_runtime(tmp_path, wanted, running=False)
+    await _journalled(tmp_path, wanted, phase)
+    driver = _fake(tmp_path)
+    refusal = InvalidArgument("no such program", reason="COMMAND_INVALID")
+    for verb in ("start", "restart"):
+        driver.faults.fail(verb, refusal, times=100)
+
+    async with node_under_test(tmp_path, driver=driver) as node:
+        await until(lambda: _all_settled(node), what="the start is given up")
+
+        assert node.told.reports[-1].status is InstanceStatus.STOPPED
+        assert (await node.manager.stop(ref(wanted), grace_s=0.0)).status is InstanceStatus.STOPPED
+    await driver.aclose()
+
+
+async def test_a_stop_cut_off_of_what_the_runtime_lost_meanwhile_is_settled(tmp_path: Path) -> None:
+    wanted = assignment()
+    await _journalled(tmp_path, wanted, Phase.STOPPING)
+
+    async with node_under_test(tmp_path) as node:
+        await until(lambda: _all_settled(node), what="the stop is given up")
+
+        (seen,) = node.manager.last_seen()
+        assert (seen.status, seen.reason) == (InstanceStatus.FAILED, "RUNTIME_LOST")
+
+
+async def test_what_a_runtime_loses_without_an_event_is_noticed_when_it_is_listed(tmp_path: Path) -> None:
+    kept, gone = assignment(), assignment()
+    async with node_under_test(tmp_path) as node:
+        await node.manager.create(kept, start=True)
+        await node.manager.create(gone, start=True)
+        node.driver.vanish(gone.instance_id)
+
+        seen = {o.instance_id: (o.status, o.reason) for o in await node.manager.list()}
+
+        assert seen == {
+            kept.instance_id: (InstanceStatus.RUNNING, ""),
+            gone.instance_id: (InstanceStatus.FAILED, "RUNTIME_LOST"),
+        }
+        assert await node.manager.delete(ref(gone), grace_s=0.0) is True
+
+
+async def test_calls_for_an_instance_whose_driver_is_not_enabled_any_more_say_so(tmp_path: Path) -> None:
+    wanted = assignment()
+    entry = Entry(
+        instance_id=wanted.instance_id,
+        driver="retired",
+        generation=wanted.generation,
+        epoch=wanted.epoch,
+        phase=Phase.READY,
+        since=LONG_AGO,
+    )
+    async with Journal(tmp_path / "journal") as journal:
+        await journal.put(entry)
+
+    async with node_under_test(tmp_path) as node:
+        for call in (
+            node.manager.stop(ref(wanted), grace_s=0.0),
+            node.manager.delete(ref(wanted), grace_s=0.0),
+            node.manager.stats(wanted.instance_id),
+        ):
+            with pytest.raises(Unavailable) as caught:
+                await call
+            assert caught.value.reason == "DRIVER_UNAVAILABLE"
+            assert "drivers.enabled" in caught.value.message
+
+
+def _all_settled(node: NodeUnderTest) -> bool:
+    return all(s.entry is not None and s.entry.phase is Phase.READY for s in node.manager._instances.slots())

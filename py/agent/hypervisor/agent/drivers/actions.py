@@ -113,8 +113,9 @@ class Actions:
     async def settle(self, slot: Slot) -> None:
         """Bring an action that a crash or a lost runtime cut off to its end; nothing for a settled instance.
 
-        Errors of the driver are raised; the entry then stays as it is for another try, except that a create the
-        driver refuses is undone.
+        While the driver cannot be reached its error is raised, and the entry stays as it is for another try. What it
+        refuses is not tried for ever: a create is undone and the error raised, a start, stop or restart given up (the
+        instance is then as its driver shows it); what removes something is tried again.
         """
         entry = slot.entry
         if entry is None or entry.phase is Phase.READY:
@@ -129,18 +130,20 @@ class Actions:
             case Phase.DELETING:
                 await driver.delete(slot.instance_id)
                 self._instances.forget(slot)
-            case Phase.STOPPING:
-                await self._redo(slot, driver, lambda: driver.stop(slot.instance_id, grace_s=entry.grace_s))
-            case Phase.STARTING | Phase.RESTARTING:
-                seen = await driver.get(slot.instance_id)
-                if self.settle_by(slot, seen):
-                    self._instances.record(slot, seen, answered=False)
-                elif entry.phase is Phase.STARTING:
-                    await self._redo(slot, driver, lambda: driver.start(slot.instance_id))
-                else:
-                    await self._redo(
-                        slot, driver, lambda: driver.restart(slot.instance_id, grace_s=entry.grace_s)
+            case Phase.STOPPING | Phase.STARTING | Phase.RESTARTING:
+                try:
+                    await self._finish_change(slot, entry, driver)
+                except (Unavailable, DeadlineExceeded):
+                    raise
+                except HypervisorError as exc:
+                    _log.warning(
+                        "instance_settling_refused",
+                        instance=slot.instance_id,
+                        phase=str(entry.phase),
+                        reason=exc.reason,
+                        error=exc.message,
                     )
+                    await self._give_up(slot, self._instances.book.newest(slot.instance_id))
 
     def settle_by(self, slot: Slot, seen: Observation) -> bool:
         """Settle the instance if what the driver shows proves that the action cut off took place; whether it did."""
@@ -206,6 +209,18 @@ class Actions:
         finally:
             slot.busy = False
 
+    async def _finish_change(self, slot: Slot, entry: Entry, driver: Driver) -> None:
+        if entry.phase is Phase.STOPPING:
+            await self._redo(slot, driver, lambda: driver.stop(slot.instance_id, grace_s=entry.grace_s))
+            return
+        seen = await driver.get(slot.instance_id)
+        if self.settle_by(slot, seen):
+            self._instances.record(slot, seen, answered=False)
+        elif entry.phase is Phase.STARTING:
+            await self._redo(slot, driver, lambda: driver.start(slot.instance_id))
+        else:
+            await self._redo(slot, driver, lambda: driver.restart(slot.instance_id, grace_s=entry.grace_s))
+
     async def _redo(self, slot: Slot, driver: Driver, ask: Callable[[], Awaitable[Observation]]) -> None:
         asked_at = self._instances.book.events_of(slot.instance_id)
         seen = await ask()
@@ -232,8 +247,8 @@ class Actions:
         assert entry is not None
         try:
             seen = await self._drivers.named(entry.driver).get(slot.instance_id)
-        except NotFound as exc:
-            self._instances.record(slot, lost(entry, exc.message, self._instances), answered=True)
+        except NotFound:
+            self._instances.record(slot, lost(entry, self._instances), answered=True)
         except HypervisorError as exc:
             _log.info("instance_not_seen", instance=slot.instance_id, reason=exc.reason)
             if before is not None:
@@ -286,7 +301,7 @@ def took_place(entry: Entry, seen: Observation) -> bool:
             return False
 
 
-def lost(entry: Entry, message: str, instances: LocalInstances) -> Observation:
+def lost(entry: Entry, instances: LocalInstances) -> Observation:
     """The observation of an instance of which its runtime has nothing any more."""
     return Observation(
         instance_id=entry.instance_id,
@@ -295,5 +310,5 @@ def lost(entry: Entry, message: str, instances: LocalInstances) -> Observation:
         status=InstanceStatus.FAILED,
         observed_at=instances.clock.now(),
         reason="RUNTIME_LOST",
-        message=message,
+        message=f"{entry.driver} has nothing of this instance any more: delete it, or create it again",
     )

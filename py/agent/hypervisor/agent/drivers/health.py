@@ -96,8 +96,9 @@ class DriverHealth:
         )
 
     def require(self, name: str, verb: str) -> None:
-        """Unimplemented (``CAPABILITY_MISSING``) with the driver's reason when it lacks the verb."""
-        info = self._info(name)
+        """Unimplemented (``CAPABILITY_MISSING``) with the driver's reason when it lacks the verb; Unavailable
+        (``DRIVER_UNAVAILABLE``) when this node no longer has the driver."""
+        info = self._info(self.named(name).name)
         if not info.capabilities:
             return  # Never reached yet: the driver itself will say that it is unavailable.
         lacking = info.lacks(verb)

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import structlog
 
-from hypervisor.agent.drivers.actions import Actions
+from hypervisor.agent.drivers.actions import Actions, lost
 from hypervisor.agent.drivers.driver import Assignment, Console
 from hypervisor.agent.drivers.guard import GuardedDriver
 from hypervisor.agent.drivers.health import DriverHealth
@@ -238,6 +238,21 @@ class Manager:
                 continue
             if asked_at.get(seen.instance_id) == book.events_of(seen.instance_id):
                 self._instances.record(slot, seen, answered=answered)
+        listed = {seen.instance_id for seen in found}
+        for slot in self._instances.slots():
+            if slot.instance_id in asked_at and slot.instance_id not in listed and _is_settled(slot, driver):
+                await self._look_for(driver, slot, answered=answered)
+
+    async def _look_for(self, driver: GuardedDriver, slot: Slot, *, answered: bool) -> None:
+        """One that the driver did not list: gone, if the driver says so when it is asked for it."""
+        try:
+            await driver.get(slot.instance_id)
+        except NotFound:
+            if _is_settled(slot, driver) and slot.entry is not None:
+                self._instances.record(slot, lost(slot.entry, self._instances), answered=answered)
+                _log.warning("instance_lost", instance=slot.instance_id, driver=driver.name)
+        except HypervisorError as exc:
+            _log.info("instance_not_seen", instance=slot.instance_id, reason=exc.reason)
 
     # -- running -----------------------------------------------------------------------------------------------
 
@@ -341,3 +356,15 @@ class Manager:
             not slot.adopted and slot.entry is not None and slot.entry.driver == name
             for slot in self._instances.slots()
         )
+
+
+def _is_settled(slot: Slot, driver: GuardedDriver) -> bool:
+    """Whether it is this driver's, known to be so, and nothing is done to it now."""
+    entry = slot.entry
+    return (
+        entry is not None
+        and entry.driver == driver.name
+        and entry.phase is Phase.READY
+        and slot.adopted
+        and not slot.lock.locked()
+    )

@@ -90,8 +90,7 @@ class Recovery:
         elif entry.phase in (Phase.CREATING, Phase.UNDOING, Phase.DELETING):
             pass  # Nothing of it is what these may well find; settling goes on from there.
         else:
-            message = f"{driver.name} has nothing of this instance any more: delete it, or create it again"
-            self._instances.record(slot, lost(entry, message, self._instances), answered=False)
+            self._instances.record(slot, lost(entry, self._instances), answered=False)
             _log.warning("instance_lost", instance=entry.instance_id, driver=driver.name)
 
     async def _find_unknown(self, driver: Driver) -> None:

@@ -60,7 +60,8 @@ class EventHandlers:
 class EventFeed(AsyncIterator[Observation]):
     """Observations for ever; one consumer. Its task runs from the first ``anext`` to :meth:`aclose`.
 
-    Should it end by a defect, ``anext`` raises that once, and the next one begins anew with a listing. On a full queue (1,024) events wait in containerd's stream.
+    Should it end by a defect, ``anext`` raises that once, and the next one begins anew with a listing. On a full
+    queue (1,024) events wait in containerd's stream.
     """
 
     def __init__(

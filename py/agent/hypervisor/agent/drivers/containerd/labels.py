@@ -50,7 +50,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """What a start limits it to."""
     started_at: datetime | None = None
     stop_asked: bool = False
-    """Whether this run was told to end: recorded before it is, so that its end is known as asked for whoever sees it."""
+    """Whether this run was told to end: recorded before it is, so that whoever sees the end knows it was asked for."""
     end: RunEnd | None = None
 
     def to_labels(self) -> dict[str, str]:
