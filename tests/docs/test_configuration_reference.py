@@ -50,5 +50,6 @@ def test_keys_that_the_architecture_names_are_there() -> None:
         "agent.port",
         "agent.server_address",
         "drivers.enabled",
+        "libvirt.uri",
         "containerd.address",
     } <= set(agent)

@@ -143,6 +143,12 @@ class DriversSection(Section):
     )
 
 
+class LibvirtSection(Section):
+    """The driver of virtual machines, which is not in this version: it will find its key here."""
+
+    uri: str = pydantic.Field(default="qemu:///system", description="libvirt's connection URI.")
+
+
 class ContainerdSection(Section):
     """The container driver."""
 
@@ -244,6 +250,7 @@ class AgentSettings(Settings):
     node: NodeSection = NodeSection()
     agent: AgentSection = AgentSection()
     drivers: DriversSection = DriversSection()
+    libvirt: LibvirtSection = LibvirtSection()
     containerd: ContainerdSection = ContainerdSection()
     images: ImagesSection = ImagesSection()
     simulated: SimulatedSection = SimulatedSection()
