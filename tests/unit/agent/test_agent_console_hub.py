@@ -26,6 +26,7 @@ class Terminal:
         self.typed = b""
         self.sizes: list[ConsoleSize] = []
         self.closed = 0
+        self.input_ended = False
         self.takes_input = asyncio.Event()
         self.takes_input.set()
 
@@ -42,6 +43,8 @@ class Terminal:
     async def write(self, data: bytes) -> None:
         for byte in data:
             await self.takes_input.wait()
+            if self.input_ended:
+                raise FailedPrecondition("the console has ended", reason="CONSOLE_ENDED")
             await asyncio.sleep(0)
             self.typed += bytes((byte,))
 
@@ -191,6 +194,35 @@ async def test_viewers_end_with_the_exit_code_that_comes_after_the_last_output(n
 
         await until(lambda: items and isinstance(items[-1], Ended), what="the viewer ends")
     assert items == [Data(b"bye"), Ended(End.EXITED, 7)]
+
+
+async def test_what_is_typed_into_the_end_of_a_run_is_told_as_its_end(node: Node) -> None:
+    node.runs()
+    terminal = await node.terminal()
+    async with node.hub.view(replay_bytes=0, read_only=False) as viewer, _seeing(viewer) as items:
+        terminal.takes_input.clear()
+        writing = asyncio.ensure_future(viewer.write(b"too late"))
+        await until(lambda: node.hub._writing.locked(), what="the write waits")
+        terminal.input_ended = True
+        terminal.takes_input.set()
+        terminal.output.put_nowait(b"")
+        await until(lambda: terminal.closed, what="the console is let go")
+        node.ended(exit_code=7)
+
+        with pytest.raises(FailedPrecondition) as caught:
+            await within(writing, what="the write ends")
+        await until(lambda: items, what="the viewer ends")
+    assert caught.value.reason == "NOT_RUNNING"
+    assert items == [Ended(End.EXITED, 7)]
+
+
+async def test_an_input_that_breaks_while_the_instance_runs_is_told_as_it_is(node: Node) -> None:
+    node.runs()
+    (await node.terminal()).input_ended = True
+    async with node.hub.view(replay_bytes=0, read_only=False) as viewer:
+        with pytest.raises(FailedPrecondition) as caught:
+            await viewer.write(b"x")
+    assert caught.value.reason == "CONSOLE_ENDED"
 
 
 async def test_a_restart_keeps_viewers(node: Node) -> None:

@@ -188,7 +188,14 @@ class ConsoleHub:
         """Type bytes, after what others are typing. Waits while the guest takes none."""
         async with self._writing:
             console = await self._attached()
-            await console.write(data)
+            run = self._run
+            try:
+                await console.write(data)
+            except FailedPrecondition:
+                # The terminal goes a little before the exit is told: viewers are to end with that, not with an error.
+                if await self._end_seen(run):
+                    raise self._not_running() from None
+                raise
 
     async def resize(self, size: ConsoleSize) -> None:
         """Set the terminal's size."""

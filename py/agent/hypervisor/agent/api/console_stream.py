@@ -56,8 +56,7 @@ async def _take_input(viewer: Viewer, requests: AsyncIterator[instance_pb2.Conso
     try:
         await _type(viewer, requests)
     except HypervisorError as exc:
-        if exc.reason != "NOT_RUNNING":  # The output is about to say so, with the exit code.
-            viewer.fail(exc)
+        viewer.fail(exc)
 
 
 async def _type(viewer: Viewer, requests: AsyncIterator[instance_pb2.ConsoleInput]) -> None:
@@ -69,7 +68,7 @@ async def _type(viewer: Viewer, requests: AsyncIterator[instance_pb2.ConsoleInpu
                         "data", "is longer than 64 KiB: send it in several messages"
                     )
                 if request.data:
-                    await viewer.write(request.data)
+                    await _write(viewer, request.data)
             case "resize":
                 await _resize(viewer, _size(request.resize, "resize"))
             case "open":
@@ -84,12 +83,24 @@ def _note_defect(typing: "asyncio.Future[None]") -> None:
         _log.info("console_input_ended", error=repr(failure))
 
 
+async def _write(viewer: Viewer, data: bytes) -> None:
+    try:
+        await viewer.write(data)
+    except HypervisorError as exc:
+        # Typed into the end of a run: the output says so with the exit code, or goes on with the next run.
+        if exc.reason != "NOT_RUNNING":
+            raise
+
+
 async def _resize(viewer: Viewer, size: ConsoleSize) -> None:
     try:
         await viewer.resize(size)
     except Unimplemented:
         # `opened.resizable` told so; a terminal emulator sends its size all the same.
         return
+    except HypervisorError as exc:
+        if exc.reason != "NOT_RUNNING":
+            raise
 
 
 async def _opening(requests: AsyncIterator[instance_pb2.ConsoleInput]) -> instance_pb2.ConsoleInput.Open:

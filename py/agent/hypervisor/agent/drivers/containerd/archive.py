@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 import msgspec
 
@@ -23,6 +23,7 @@ from hypervisor.core.names import shorten
 __all__ = ["Archive", "ArchiveImage", "Blob", "Fingerprint", "open_archive"]
 
 _MAX_MEMBERS = 10_000
+_MAX_HEADER_BYTES = 32 << 20
 _CHUNK = 1 << 20
 _COMPRESSED_MAGIC = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ")
 
@@ -117,6 +118,29 @@ def _open_beneath(root: Path, parts: tuple[str, ...], image: str) -> int:
         os.close(directory)
 
 
+class _Headers:
+    """The file as tarfile reads it: headers only, and no more of them than any real archive has.
+
+    Extended headers (long names, pax) are read into memory by the length they claim.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._left = _MAX_HEADER_BYTES
+
+    def read(self, size: int) -> bytes:
+        self._left -= size
+        if self._left < 0:
+            raise tarfile.ReadError(f"its headers are longer than {_MAX_HEADER_BYTES} bytes")
+        return self._file.read(size)
+
+    def seek(self, position: int) -> int:
+        return self._file.seek(position)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
 class Archive:
     """An open archive; close it with ``close`` or ``with``."""
 
@@ -176,7 +200,7 @@ class Archive:
             os.lseek(self._fd, 0, os.SEEK_SET)
             with (
                 open(self._fd, "rb", closefd=False) as file,
-                tarfile.open(fileobj=file, mode="r:", errorlevel=2) as archive,
+                tarfile.open(fileobj=_Headers(file), mode="r:", errorlevel=2) as archive,
             ):
                 for count, member in enumerate(archive):
                     if count >= _MAX_MEMBERS:

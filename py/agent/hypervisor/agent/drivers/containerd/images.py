@@ -226,9 +226,17 @@ class ImageStore:
             raise oci.invalid_image(
                 reference, "give the path of the archive: oci-archive:/path/on/the/node.tar"
             )
-        archive = await asyncio.to_thread(
-            open_archive, Path(path_text), roots=self._config.archive_roots, image=reference
+        opening = asyncio.ensure_future(
+            asyncio.to_thread(
+                open_archive, Path(path_text), roots=self._config.archive_roots, image=reference
+            )
         )
+        try:
+            archive = await uninterrupted(opening)
+        except asyncio.CancelledError:
+            if not opening.cancelled() and opening.exception() is None:
+                opening.result().close()
+            raise
         with archive:
             if found := await self._imported_before(reference, archive.fingerprint):
                 return found
@@ -251,7 +259,8 @@ class ImageStore:
         return None if target is None else (imported.name, target)
 
     async def _import_archive(self, reference: str, archive: Archive, tag: str) -> tuple[str, oci.Descriptor]:
-        image = await asyncio.to_thread(archive.find_image, tag)
+        # To its end even when cancelled: the thread would go on with a descriptor that is closed, or somebody else's.
+        image = await uninterrupted(asyncio.to_thread(archive.find_image, tag))
         # Named by content: two archives that call different images the same never disturb one another.
         name = _IMPORTED_NAME + image.manifest.descriptor.digest
         target = image.manifest.descriptor
