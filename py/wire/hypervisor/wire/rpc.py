@@ -2,10 +2,11 @@
 
 Each method is wrapped once, when its service is registered: an interceptor would cost every call a second trip
 through grpc.aio's machinery. A handler gets the decoded request and a :class:`Call`, returns a message (or bytes that
-are one already) and raises ``HypervisorError``; none touches grpc's context.
+are one already) and raises ``HypervisorError``; none touches grpc's context. Server and agent both use it.
 """
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -31,14 +32,16 @@ _MAX_REQUEST_ID = 128
 Reply = Message | bytes
 """An answer: a message, or one that is encoded already."""
 
-Handler = Callable[[Any, "Call"], Awaitable[Reply]] | Callable[[Any, "Call"], AsyncIterator[Reply]]
+Handler = Callable[[Any, Any], Awaitable[Reply]] | Callable[[Any, Any], AsyncIterator[Reply]]
 """A coroutine function for a single answer, an async generator function for a stream of them. The first argument is
-the request, or an async iterator of requests where the client streams."""
+the request, or an async iterator of requests where the client streams; the second is the :class:`Call`, of the class
+that the dispatcher was given."""
 
-Authenticate = Callable[["Call"], str]
-"""The name of who calls, by what came with the call; raises Unauthenticated or PermissionDenied."""
+Authenticate = Callable[[Any], str]
+"""The name of who calls, by the :class:`Call`; raises Unauthenticated or PermissionDenied."""
 
 _Context = grpc.aio.ServicerContext[Any, Any]
+_OK, _CANCELLED = grpc.StatusCode.OK.name, grpc.StatusCode.CANCELLED.name
 _log = structlog.get_logger(__name__)
 
 
@@ -51,17 +54,17 @@ class CallMetrics(Protocol):
 
 
 class Call:
-    """One call: who makes it and what came with it."""
+    """One call: who makes it and what came with it. ``own_id`` names it if the caller did not."""
 
     __slots__ = ("_context", "_headers", "principal", "request_id")
 
-    def __init__(self, context: _Context, new_id: IdSource) -> None:
+    def __init__(self, context: _Context, own_id: str) -> None:
         self._context = context
         self._headers = context.invocation_metadata() or ()
         self.principal = ""
         given = self.header(REQUEST_ID_KEY)
         usable = given is not None and 0 < len(given) <= _MAX_REQUEST_ID and given.isprintable()
-        self.request_id = given if given is not None and usable else new_id("r")
+        self.request_id = given if given is not None and usable else own_id
 
     def header(self, name: str) -> str | None:
         """The text value of a metadata key, or None."""
@@ -120,32 +123,18 @@ def _checked(request: object) -> object:
     return request
 
 
-_Body = Callable[[Any, _Context, Call], Awaitable[Reply | None]]
-
-
-def _single_body(handler: Any) -> _Body:
-    async def answer(request: object, _: _Context, call: Call) -> Reply:
-        reply: Reply = await handler(request, call)
-        return reply
-
-    return answer
-
-
-def _stream_body(handler: Any) -> _Body:
+async def _write_all(replies: Any, context: _Context) -> None:
     # A coroutine that writes, not a generator: a cancelled client is then raised here and nowhere else, so that the
     # handler's generator is closed at once and not when the garbage collector finds it.
-    async def answer(request: object, context: _Context, call: Call) -> None:
-        async with aclosing(handler(request, call)) as replies:
-            async for reply in replies:
-                await context.write(reply)
-
-    return answer
+    async with aclosing(replies):
+        async for reply in replies:
+            await context.write(reply)
 
 
 class Dispatcher:
     """Registers services and watches over their calls in progress.
 
-    ``stopping`` is the error of calls that the program's end cuts off.
+    ``stopping`` is the error of calls that the program's end cuts off; ``call_type`` the class of what handlers get.
     """
 
     def __init__(
@@ -155,10 +144,14 @@ class Dispatcher:
         metrics: CallMetrics | None,
         new_id: IdSource,
         stopping: Callable[[], Unavailable],
+        call_type: type[Call] = Call,
     ) -> None:
         self._authenticate = authenticate
         self._metrics = metrics
-        self._new_id = new_id
+        self._call_type = call_type
+        # A fresh id for every call would cost more than the rest of this module: one for the process, and a number.
+        self._id_base = new_id("r")
+        self._numbers = itertools.count(1)
         self._stopping_error = stopping
         self._streams: set[asyncio.Task[Any]] = set()
         self._calls: set[asyncio.Task[Any]] = set()
@@ -201,7 +194,6 @@ class Dispatcher:
             task.cancel()
 
     def _method(self, method: MethodDescriptor, handler: Handler) -> "grpc.RpcMethodHandler[Any, Any]":
-        body = _stream_body(handler) if method.server_streaming else _single_body(handler)
         make = {
             (False, False): grpc.unary_unary_rpc_method_handler,
             (False, True): grpc.unary_stream_rpc_method_handler,
@@ -209,14 +201,16 @@ class Dispatcher:
             (True, True): grpc.stream_stream_rpc_method_handler,
         }[method.client_streaming, method.server_streaming]
         made: grpc.RpcMethodHandler[Any, Any] = make(
-            self._guard(method, body), request_deserializer=_decoder(method), response_serializer=_encode
+            self._guard(method, handler), request_deserializer=_decoder(method), response_serializer=_encode
         )
         return made
 
-    def _guard(self, method: MethodDescriptor, body: _Body) -> Callable[[Any, _Context], Any]:
+    def _guard(self, method: MethodDescriptor, handler: Any) -> Callable[[Any, _Context], Any]:
         observe = self._metrics.observer(method.name) if self._metrics is not None else None
         tasks = self._streams if method.server_streaming else self._calls
         streams_in, streams_out, name = method.client_streaming, method.server_streaming, method.name
+        call_type, authenticate = self._call_type, self._authenticate
+        id_base, numbers = self._id_base, self._numbers
         log = _log.bind()
         debug = log.is_enabled_for(logging.DEBUG)
 
@@ -225,19 +219,24 @@ class Dispatcher:
             task = asyncio.current_task()
             assert task is not None
             tasks.add(task)
-            call = Call(context, self._new_id)
+            call = call_type(context, f"{id_base}-{next(numbers)}")
             # grpc.aio serves every call in a task of its own: what is bound here ends with the call.
             structlog.contextvars.bind_contextvars(request_id=call.request_id)
-            code = grpc.StatusCode.OK.name
+            code = _OK
             error: HypervisorError
             try:
-                call.principal = self._authenticate(call)
+                call.principal = authenticate(call)
                 if streams_out and self._stopping:
                     raise self._stopping_error()
-                return await body(_each_checked(request) if streams_in else _checked(request), context, call)
+                checked = _each_checked(request) if streams_in else _checked(request)
+                if streams_out:
+                    await _write_all(handler(checked, call), context)
+                    return None
+                reply: Reply = await handler(checked, call)
+                return reply
             except asyncio.CancelledError:
                 if task not in self._cut_off:
-                    code = grpc.StatusCode.CANCELLED.name
+                    code = _CANCELLED
                     raise
                 task.uncancel()
                 error = self._stopping_error()
@@ -252,7 +251,7 @@ class Dispatcher:
             except Exception as exc:  # a defect of ours: logged here, withheld from the caller
                 if streams_out and context.done():
                     # The client went away between two writes; grpc.aio says so by an error of the write.
-                    code = grpc.StatusCode.CANCELLED.name
+                    code = _CANCELLED
                     return None
                 error = Internal(f"{type(exc).__name__} in {name}")
                 code = code_of(error).name
