@@ -338,3 +338,27 @@ async def test_a_view_whose_place_is_compacted_lists_again(faulty: FaultyWatch) 
 
         assert {(o, exists) for _, o, exists in await consumer} == {("i-2", True), ("i-1", False)}
         assert [i.value.id for i in view.instances()] == ["i-2"]
+
+
+async def test_a_value_this_server_is_writing_is_not_decoded_and_anothers_is() -> None:
+    store = MemoryStorage(SystemClock())
+    ours, theirs = instance(1), instance(2)
+    path = keys.instance("i-1").path
+    async with viewing(store) as view:
+        view.expect(
+            "ours", {path: (encode(ours), ours), keys.instance("i-2").path: (b"of an older try", theirs)}
+        )
+        await view.wait_revision(await commit(store, put(1), put(2)))
+
+        first, second = view.instance("i-1"), view.instance("i-2")
+        assert first is not None
+        assert first.value is ours
+        assert second is not None
+        assert second.value == theirs
+        assert second.value is not theirs
+
+        await view.wait_revision(await commit(store, put(1, status=InstanceStatus.STOPPED)))
+        assert view.instance("i-1") == Versioned(instance(1, status=InstanceStatus.STOPPED), view.revision)
+
+        await view.wait_revision(await commit(store, gone(1)))
+        assert view.instance("i-1") is None

@@ -11,9 +11,11 @@ from hypervisor.core.clock import SystemClock
 from hypervisor.core.errors import AlreadyExists, Conflict, Internal, NotFound, ResourceExhausted, Unavailable
 from hypervisor.core.model import encode
 from hypervisor.server import keys
-from hypervisor.server.committer import GroupCommitter
+from hypervisor.server.cluster_state import Update
+from hypervisor.server.committer import GroupCommitter, Knowledge, Lane
 from hypervisor.server.drafts import Decision, Draft
 from hypervisor.server.records import NameClaim
+from hypervisor.server.services import Versioned
 from hypervisor.server.store.memory import MemoryStorage
 from hypervisor.server.store.storage import (
     MAX_OPERATIONS,
@@ -21,6 +23,7 @@ from hypervisor.server.store.storage import (
     Committed,
     Compare,
     Conflicted,
+    Item,
     Operation,
     Put,
 )
@@ -150,6 +153,46 @@ async def test_what_another_server_changed_is_decided_anew_refusals_included() -
         assert str(b) == "other"
         assert not isinstance(c, BaseException)
         assert len(calls) == 2
+
+
+async def test_a_lane_does_not_wait_for_the_other_lanes_transaction() -> None:
+    async with committing() as (store, committer):
+        held = store.gate = asyncio.Event()
+        slow = asyncio.create_task(committer.commit(claim("n", "one")))
+        await store.begun.wait()
+        store.gate = None
+
+        made = await committer.commit(claim("m", "two"), lane=Lane.PLACEMENTS)
+
+        assert not slow.done()
+        held.set()
+        assert (await slow).revision > made.revision
+
+
+async def test_lanes_that_meet_on_a_record_decide_anew() -> None:
+    async with committing() as (store, committer):
+        held = store.gate = asyncio.Event()
+        slow = asyncio.create_task(committer.commit(claim("n", "one")))
+        await store.begun.wait()
+        store.gate = None
+        await committer.commit(claim("n", "two"), lane=Lane.PLACEMENTS)
+        held.set()
+
+        with pytest.raises(AlreadyExists, match="two"):
+            await slow
+
+
+async def test_answers_in_the_other_order_do_not_make_knowledge_older() -> None:
+    view = StoreView(MemoryStorage(SystemClock()), SystemClock())
+    known, key = Knowledge(view), keys.name("p", "n")
+    old = Item(key.path, encode(NameClaim(instance_id="old")), 3, 3)
+
+    known.learn_commit(5, [Update(key.path, Versioned(NameClaim(instance_id="new"), 5))])
+    known.learn_items(4, {key.path: old})
+    known.learn_commit(3, [Update(key.path, Versioned(NameClaim(instance_id="old"), 3))])
+
+    assert known.find(key) == Versioned(NameClaim(instance_id="new"), 5)
+    assert known.mod_revision(key.path) == 5
 
 
 async def test_the_callback_runs_even_if_the_caller_is_gone() -> None:

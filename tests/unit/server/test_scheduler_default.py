@@ -168,3 +168,30 @@ def test_a_pinned_request_goes_to_its_node_or_nowhere(pin: str) -> None:
     assert isinstance(answer, Refusal)
     assert answer.reasons["a"] == f"is not the node asked for ({pin})"
     assert answer.reasons["b"].startswith("needs 1 cores, 0 free of 4")
+
+
+def test_what_was_judged_before_does_not_change_an_answer() -> None:
+    """One scheduler asked again and again answers as a fresh one does, whatever changes in between."""
+    scheduler = DefaultScheduler()
+    states = {f"n-{name}": node_state(name) for name in "abcd"}
+    asked = [
+        request(cpu_cores=cpu, policy=policy, node=node, seed=str(round))
+        for round in range(6)
+        for cpu in (1, 3)
+        for policy in PlacementPolicy
+        for node in ("", "a")
+        for _ in range(2)
+    ]
+    placed = 0
+    for number, one in enumerate(asked):
+        answer = scheduler.schedule(one, Snapshot(states))
+        assert answer == DefaultScheduler().schedule(one, Snapshot(states))
+        if isinstance(answer, Placement) and number % 3:
+            placed += 1
+            before = states[answer.node_id]
+            states[answer.node_id] = NodeState(before.node, before.reserved + one.resources)
+        if number == 30:
+            del states["n-b"]
+        if number == 40:
+            states["n-c"] = node_state("c", status=NodeStatus.OFFLINE)
+    assert placed > 4

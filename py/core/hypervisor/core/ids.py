@@ -13,6 +13,8 @@ from collections.abc import Callable
 __all__ = ["ID_PATTERN", "IdSource", "derived_id", "is_id", "new_id"]
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
+_PAIRS = tuple(first + second for first in _ALPHABET for second in _ALPHABET)
+_SHIFTS = range(120, -1, -10)
 ID_PATTERN = re.compile(r"^[a-z]{1,4}-[0-9a-hjkmnp-tv-z]{26}$")
 
 IdSource = Callable[[str], str]
@@ -20,11 +22,7 @@ IdSource = Callable[[str], str]
 
 
 def _encode(value: int) -> str:
-    chars = []
-    for _ in range(26):
-        chars.append(_ALPHABET[value & 31])
-        value >>= 5
-    return "".join(reversed(chars))
+    return "".join([_PAIRS[value >> shift & 1023] for shift in _SHIFTS])
 
 
 def new_id(prefix: str) -> str:

@@ -1,11 +1,14 @@
 """Group commit: decisions that are waiting while a transaction is in flight go into the next one together.
 
-One loop makes and commits all batches of this server, one after another, so that its decisions never conflict with
-each other. When another server was faster (``Conflicted``) the records that moved are taken from the store's answer
-and all decisions of the batch are made again, refusals included: a refusal, too, rests on what was known.
+There are two lanes, each a loop that makes and commits its batches one after another, so that its decisions never
+conflict with each other: placements, which all change the allocations of nodes, and everything else. So while one
+transaction waits for the disk, decisions that have nothing to do with it go on. Where the lanes do meet on a record,
+they meet as two servers do: when another was faster (``Conflicted``) the records that moved are taken from the store's
+answer and all decisions of the batch are made again, refusals included: a refusal, too, rests on what was known.
 """
 
 import asyncio
+import enum
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -25,7 +28,7 @@ from hypervisor.server.services import Versioned
 from hypervisor.server.store.storage import Committed, Conflicted, Item, Storage
 from hypervisor.server.view import StoreView
 
-__all__ = ["Decided", "GroupCommitter", "Knowledge"]
+__all__ = ["Decided", "GroupCommitter", "Knowledge", "Lane"]
 
 T = TypeVar("T", bound=msgspec.Struct)
 V = TypeVar("V")
@@ -35,6 +38,14 @@ _CALM_ATTEMPTS = 3
 """Conflicts in a row after which the committer pauses, so that two servers do not chase each other."""
 
 log = structlog.get_logger(__name__)
+
+
+class Lane(enum.Enum):
+    """Decisions of different lanes are committed independently of each other."""
+
+    RECORDS = "records"
+    PLACEMENTS = "placements"
+    """Decisions that change what is reserved on nodes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +81,7 @@ class Knowledge:
 
     def find(self, key: RecordKey[T]) -> Versioned[T] | None:
         """The record as last known. Raises ``Internal`` where it cannot be read."""
-        learned = self._newer(key.path)
+        learned = self._newer(key.path) if self._learned else None
         if learned is None:
             return self._view.find(key)
         if learned[1].error is not None:
@@ -79,7 +90,7 @@ class Knowledge:
 
     def mod_revision(self, path: str) -> int:
         """Its revision; 0 where it does not exist."""
-        learned = self._newer(path)
+        learned = self._newer(path) if self._learned else None
         return self._view.mod_revision(path) if learned is None else learned[2]
 
     def learn_commit(self, revision: int, updates: Iterable[Update]) -> None:
@@ -87,20 +98,25 @@ class Knowledge:
         self._view.offer(revision, updates)
         if self._view.revision < revision:
             for update in updates:
-                self._learned[update.path] = (revision, update, 0 if update.deleted else revision)
+                self._learn(revision, update, 0 if update.deleted else revision)
 
     def learn_items(self, revision: int, current: Mapping[str, Item | None]) -> None:
         """The store said what these keys hold at ``revision``."""
         for path, item in current.items():
             if revision > self._view.revision:
-                update = decode_item(path, item)
-                self._learned[path] = (revision, update, 0 if item is None else item.mod_revision)
+                self._learn(revision, decode_item(path, item), 0 if item is None else item.mod_revision)
 
     def forget_seen(self) -> None:
         """Drop what the view has seen by now."""
         if self._learned:
             seen = self._view.revision
             self._learned = {p: entry for p, entry in self._learned.items() if entry[0] > seen}
+
+    def _learn(self, revision: int, update: Update, mod_revision: int) -> None:
+        # The answers of two lanes may come in either order.
+        known = self._learned.get(update.path)
+        if known is None or known[0] < revision:
+            self._learned[update.path] = (revision, update, mod_revision)
 
     def _newer(self, path: str) -> tuple[int, Update, int] | None:
         learned = self._learned.get(path)
@@ -124,8 +140,8 @@ class GroupCommitter:
         self._clock = clock
         self._rng = rng
         self._queue_limit = queue_limit
-        self._queue: deque[_Entry] = deque()
-        self._wake = asyncio.Event()
+        self._queues: dict[Lane, deque[_Entry]] = {lane: deque() for lane in Lane}
+        self._wakes = {lane: asyncio.Event() for lane in Lane}
         self._closed = False
         self.known = Knowledge(view)
         self.commits = 0
@@ -136,9 +152,15 @@ class GroupCommitter:
         return self.known.find(key)
 
     async def commit(
-        self, decision: Decision[V], *, then: Callable[[V, int], None] | None = None
+        self,
+        decision: Decision[V],
+        *,
+        then: Callable[[V, int], None] | None = None,
+        lane: Lane = Lane.RECORDS,
     ) -> Decided[V]:
         """Make the decision and commit it; raises what the decision raises.
+
+        The lane is a matter of speed alone: a decision is right in either.
 
         ``then(value, revision)`` is called right after the commit, even when the caller was cancelled meanwhile.
         A caller that is cancelled before its decision was begun withdraws it. ``Unavailable`` when the store cannot
@@ -147,45 +169,55 @@ class GroupCommitter:
         """
         if self._closed:
             raise _stopping()
-        if len(self._queue) >= self._queue_limit:
+        waiting = sum(map(len, self._queues.values()))
+        if waiting >= self._queue_limit:
             raise Unavailable(
-                f"{len(self._queue)} changes wait for the store already: try again later",
+                f"{waiting} changes wait for the store already: try again later",
                 reason="SERVER_BUSY",
-                metadata={"waiting": str(len(self._queue))},
+                metadata={"waiting": str(waiting)},
                 retry_after_s=1.0,
             )
         future: asyncio.Future[Decided[Any]] = asyncio.get_running_loop().create_future()
-        self._queue.append(_Entry(decision, then, future))
-        self._wake.set()
+        self._queues[lane].append(_Entry(decision, then, future))
+        self._wakes[lane].set()
         return cast("Decided[V]", await future)
 
     async def run(self) -> None:
         """Commit until cancelled; what is waiting then fails with ``Unavailable`` (``SERVER_STOPPING``)."""
         await self._view.loaded()
         try:
-            while True:
-                await self._wake.wait()
-                self._wake.clear()
-                while self._queue:
-                    await self._commit_next()
+            async with asyncio.TaskGroup() as group:
+                for lane in Lane:
+                    group.create_task(self._run_lane(lane), name=f"commit-{lane.value}")
         finally:
             self._closed = True
-            for entry in self._queue:
-                if not entry.future.done():
-                    entry.future.set_exception(_stopping())
-            self._queue.clear()
+            for queue in self._queues.values():
+                for entry in queue:
+                    if not entry.future.done():
+                        entry.future.set_exception(_stopping())
+                queue.clear()
 
-    async def _commit_next(self) -> None:
+    async def _run_lane(self, lane: Lane) -> None:
+        queue, wake = self._queues[lane], self._wakes[lane]
+        while True:
+            await wake.wait()
+            wake.clear()
+            while queue:
+                await self._commit_next(lane)
+
+    async def _commit_next(self, lane: Lane) -> None:
         self.known.forget_seen()
+        queue = self._queues[lane]
         batch = Batch(self.known, now=self._clock.now())
-        entries = self._fill(batch)
+        entries = self._fill(batch, queue)
         if batch.empty:
             self._resolve(entries, self.known.revision)
             return
+        self._view.expect(lane.value, batch.records())
         try:
             outcome = await self._storage.commit(batch.compares(), batch.operations())
         except HypervisorError as exc:
-            self._failed(entries, exc)
+            self._failed(entries, exc, queue)
             return
         except asyncio.CancelledError:
             for entry in entries:
@@ -200,14 +232,14 @@ class GroupCommitter:
                 self._resolve(entries, revision)
             case Conflicted(revision, current):
                 self.known.learn_items(revision, current)
-                await self._again(entries)
+                await self._again(entries, queue)
 
-    def _fill(self, batch: Batch) -> list[_Entry]:
+    def _fill(self, batch: Batch, queue: deque[_Entry]) -> list[_Entry]:
         taken: list[_Entry] = []
-        while self._queue:
-            entry = self._queue[0]
+        while queue:
+            entry = queue[0]
             if entry.future.done():
-                self._queue.popleft()
+                queue.popleft()
                 continue
             if entry.alone and taken:
                 break
@@ -223,7 +255,7 @@ class GroupCommitter:
             else:
                 if not batch.admit(draft):
                     break
-            self._queue.popleft()
+            queue.popleft()
             taken.append(entry)
             if entry.alone:
                 break
@@ -240,12 +272,12 @@ class GroupCommitter:
             else:
                 entry.future.set_result(Decided(entry.outcome, revision))
 
-    def _failed(self, entries: list[_Entry], error: HypervisorError) -> None:
+    def _failed(self, entries: list[_Entry], error: HypervisorError, queue: deque[_Entry]) -> None:
         if isinstance(error, InvalidArgument | NotFound) and len(entries) > 1:
             # One of them is at fault (a lease that ended, a record too large): the others shall not suffer.
             for entry in entries:
                 entry.alone = True
-            self._queue.extendleft(reversed(entries))
+            queue.extendleft(reversed(entries))
             return
         self._view.suspect()
         log.warning("commit_failed", reason=error.reason, error=str(error), decisions=len(entries))
@@ -253,7 +285,7 @@ class GroupCommitter:
             if not entry.future.done():
                 entry.future.set_exception(copy_of(error))
 
-    async def _again(self, entries: list[_Entry]) -> None:
+    async def _again(self, entries: list[_Entry], queue: deque[_Entry]) -> None:
         for entry in entries:
             entry.attempts += 1
         worn_out = [e for e in entries if e.attempts >= _MAX_ATTEMPTS]
@@ -264,12 +296,12 @@ class GroupCommitter:
             if not entry.future.done():
                 entry.future.set_exception(
                     Unavailable(
-                        "other servers keep changing the same records: try again",
+                        "others keep changing the same records: try again",
                         reason="STORE_CONTENTION",
                         retry_after_s=1.0,
                     )
                 )
-        self._queue.extendleft(reversed([e for e in entries if e.attempts < _MAX_ATTEMPTS]))
+        queue.extendleft(reversed([e for e in entries if e.attempts < _MAX_ATTEMPTS]))
         attempts = max(e.attempts for e in entries)
         if attempts > _CALM_ATTEMPTS:
             await self._clock.sleep(self._rng.random() * min(0.001 * 2.0**attempts, 0.1))

@@ -119,6 +119,10 @@ class Batch:
             for path, w in self._writes.items()
         ]
 
+    def records(self) -> dict[str, tuple[bytes, msgspec.Struct]]:
+        """What is to be written by key, as stored and as a record."""
+        return {path: (w.data, w.value) for path, w in self._writes.items() if w.value is not None}
+
     def updates(self, revision: int) -> Iterable[Update]:
         """What the commit at ``revision`` wrote."""
         return [

@@ -28,7 +28,7 @@ from hypervisor.core.retry import Backoff
 from hypervisor.core.states import DesiredState, NodeStatus
 from hypervisor.server import keys, outcomes
 from hypervisor.server.agents import Agent, Agents, CallContext
-from hypervisor.server.committer import Decided, GroupCommitter
+from hypervisor.server.committer import Decided, GroupCommitter, Lane
 from hypervisor.server.drafts import Decision, Draft
 from hypervisor.server.operations import Waiters
 from hypervisor.server.placement import release
@@ -201,25 +201,28 @@ class OperationExecutor:
             lost = Internal(f"operation {operation_id} has lost its instance {record.object_name}")
             await self._end(lambda d: outcomes.fail(d, operation_id, server_id=self._server_id, error=lost))
             return
-        bound = log.bind(
-            operation_id=operation_id,
-            verb=record.verb,
-            instance_id=record.object_id,
-            request_id=driven.request_id,
-        )
+        about = {
+            "operation_id": operation_id,
+            "verb": record.verb,
+            "instance_id": record.object_id,
+            "request_id": driven.request_id,
+        }
         try:
             reply = await self._perform(record, instance.value, driven)
         except HypervisorError as exc:
             if exc.reason == outcomes.TAKEN_OVER:
                 raise
-            bound.warning("operation_failed", reason=exc.reason, error=str(exc))
+            log.warning("operation_failed", reason=exc.reason, error=str(exc), **about)
             await self._end_failed(record, instance.value, exc, request_id=driven.request_id)
         else:
             if isinstance(reply, Observation):
                 await self._end(lambda d: outcomes.succeed(d, operation_id, reply, server_id=self._server_id))
             else:
-                await self._end(lambda d: outcomes.remove(d, operation_id, server_id=self._server_id))
-            bound.info("operation_succeeded")
+                await self._end(
+                    lambda d: outcomes.remove(d, operation_id, server_id=self._server_id),
+                    lane=Lane.PLACEMENTS,
+                )
+            log.info("operation_succeeded", **about)
 
     async def _perform(
         self, operation: OperationRecord, instance: Instance, driven: _Driven
@@ -289,7 +292,10 @@ class OperationExecutor:
         operation_id, server_id = operation.id, self._server_id
         if operation.verb == "create":
             if await self._cleaned_up(operation, instance, cleaning) or not outcomes.unclear(error):
-                await self._end(lambda d: outcomes.remove(d, operation_id, server_id=server_id, error=error))
+                await self._end(
+                    lambda d: outcomes.remove(d, operation_id, server_id=server_id, error=error),
+                    lane=Lane.PLACEMENTS,
+                )
             else:
                 await self._end(
                     lambda d: outcomes.cleanup_later(d, operation_id, server_id=server_id, error=error)
@@ -331,13 +337,13 @@ class OperationExecutor:
             lambda d: outcomes.succeed(d, operation.id, reply, server_id=self._server_id, error=error)
         )
 
-    async def _end(self, decision: Decision[OperationRecord]) -> None:
+    async def _end(self, decision: Decision[OperationRecord], *, lane: Lane = Lane.RECORDS) -> None:
         """Commit how the operation ended; the agent's work is done, so this goes on until the store takes it."""
 
         def told(operation: OperationRecord, revision: int) -> None:
             self._waiters.settle(Versioned(operation, revision))
 
-        await self._persist(lambda: self._committer.commit(decision, then=told))
+        await self._persist(lambda: self._committer.commit(decision, then=told, lane=lane))
 
     async def _persist(self, commit: Callable[[], Awaitable[Decided[T]]]) -> T:
         for delay in self._settings.backoff.delays(self._rng):
@@ -364,7 +370,9 @@ class OperationExecutor:
                 return
             context = CallContext(f"remove-{instance_id}", self._settings.delete_s)
             await agent.delete(found.value, context, grace_s=0.0)
-            await self._committer.commit(lambda draft: _release_leftover(draft, instance_id))
+            await self._committer.commit(
+                lambda draft: _release_leftover(draft, instance_id), lane=Lane.PLACEMENTS
+            )
             log.info("leftover_removed", instance_id=instance_id)
         except HypervisorError as exc:
             # The reconciler asks again.

@@ -10,7 +10,7 @@ from hypervisor.core.model import ConsoleSize, Instance, InstanceStats, Node, Op
 from hypervisor.core.states import ACTIVE, NodeStatus
 from hypervisor.server import keys
 from hypervisor.server.agents import Agents, CallContext
-from hypervisor.server.committer import GroupCommitter
+from hypervisor.server.committer import GroupCommitter, Lane
 from hypervisor.server.drafts import Batch
 from hypervisor.server.executor import OperationExecutor
 from hypervisor.server.operations import OperationService
@@ -82,6 +82,7 @@ class InstanceService:
         decided = await self._committer.commit(
             lambda d: self._placer.reserve(d, draft, operation=operation, deadline=deadline),
             then=partial(self._executor.begin, request_id=mutation.caller.request_id),
+            lane=Lane.PLACEMENTS,
         )
         return await self._operations.conclude(decided, wait=mutation.wait)
 

@@ -8,7 +8,7 @@
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TypeVar
@@ -63,6 +63,7 @@ class StoreView:
         self._stale = True
         self._listeners: list[Listener] = []
         self._deleted: dict[str, int] | None = None
+        self._expected: dict[str, Mapping[str, tuple[bytes, msgspec.Struct]]] = {}
 
     # --- reading
 
@@ -221,6 +222,11 @@ class StoreView:
         if self._loaded.is_set() and revision == self._state.revision + 1:
             self._apply(revision, updates)
 
+    def expect(self, source: str, writes: Mapping[str, tuple[bytes, msgspec.Struct]]) -> None:
+        """This server is about to commit these values (as stored, and as records): when the watch is first to tell
+        of them, they are taken as they are instead of decoded. Replaces what ``source`` expected before."""
+        self._expected[source] = writes
+
     def suspect(self) -> None:
         """Somebody saw the store fail: check now whether it can be reached."""
         self._suspected.set()
@@ -320,7 +326,15 @@ class StoreView:
 
     def _receive(self, batch: WatchBatch) -> None:
         if batch.revision > self._state.revision:
-            self._apply(batch.revision, [decode_item(c.key, c.item) for c in batch.changes])
+            self._apply(batch.revision, [self._update(c.key, c.item) for c in batch.changes])
+
+    def _update(self, path: str, item: Item | None) -> Update:
+        if item is not None:
+            for writes in self._expected.values():
+                expected = writes.get(path)
+                if expected is not None and expected[0] == item.value:
+                    return Update(path, Versioned(expected[1], item.mod_revision))
+        return decode_item(path, item)
 
     def _apply(self, revision: int, updates: Iterable[Update]) -> None:
         updates = tuple(updates)
