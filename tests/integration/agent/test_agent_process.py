@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -52,7 +52,9 @@ class AgentProcess:
 
 
 @asynccontextmanager
-async def _agent(data_dir: Path, server: ClusterDouble, *more: str) -> AsyncIterator[AgentProcess]:
+async def _agent(
+    data_dir: Path, server: ClusterDouble, *more: str, environment: Mapping[str, str] | None = None
+) -> AsyncIterator[AgentProcess]:
     settings = {
         "agent.data_dir": str(data_dir),
         "agent.server_address": server.address,
@@ -71,7 +73,8 @@ async def _agent(data_dir: Path, server: ClusterDouble, *more: str) -> AsyncIter
         *flags,
         *more,
         stderr=asyncio.subprocess.PIPE,
-        env={k: v for k, v in os.environ.items() if not k.startswith("HYPERVISOR_")},
+        env={k: v for k, v in os.environ.items() if not k.startswith("HYPERVISOR_")}
+        | dict(environment or {}),
     )
     agent = AgentProcess(process)
     reading = asyncio.ensure_future(agent.read_log())
@@ -110,6 +113,17 @@ async def _registered(server: ClusterDouble, times: int) -> None:
 async def cluster() -> AsyncIterator[ClusterDouble]:
     async with ClusterDouble() as double:
         yield double
+
+
+@pytest.mark.parametrize(("pure", "live"), [("", "native"), ("1", "python")])
+async def test_the_log_says_which_implementation_of_the_extension_is_live(
+    tmp_path: Path, cluster: ClusterDouble, pure: str, live: str
+) -> None:
+    async with _agent(tmp_path, cluster, environment={"HYPERVISOR_EXT_PURE": pure}) as agent:
+        await until(lambda: agent.named("agent_ready"), what="the agent starts", timeout_s=20.0)
+
+    (starting,) = agent.named("agent_starting")
+    assert starting["stats_sampler"] == live
 
 
 async def test_kill_9_leaves_instances_running_and_the_next_agent_adopts_them(

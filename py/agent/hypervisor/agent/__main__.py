@@ -20,6 +20,7 @@ from hypervisor.core.clock import SystemClock
 from hypervisor.core.errors import HypervisorError
 from hypervisor.core.ids import new_id
 from hypervisor.core.settings import SettingsError, environment_name, known_keys, load
+from hypervisor.ext import stats_sampler
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -110,6 +111,7 @@ async def _serve(settings: AgentSettings, simulated: int | None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     clock, rng, version = SystemClock(), random.SystemRandom(), agent_version()
+    _log.info("agent_starting", version=version, stats_sampler=stats_sampler.implementation)
     if simulated is None:
         await run_agent(settings, stop=stop, clock=clock, rng=rng, new_id=new_id, version=version)
     else:

@@ -6,13 +6,14 @@ InvalidArgument (``IMAGE_INVALID``).
 """
 
 import hashlib
+import io
 import os
 import stat
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import NoReturn
 
 import msgspec
 
@@ -118,27 +119,19 @@ def _open_beneath(root: Path, parts: tuple[str, ...], image: str) -> int:
         os.close(directory)
 
 
-class _Headers:
+class _Headers(io.BufferedReader):
     """The file as tarfile reads it: headers only, and no more of them than any real archive has.
 
     Extended headers (long names, pax) are read into memory by the length they claim.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._left = _MAX_HEADER_BYTES
+    _left = _MAX_HEADER_BYTES
 
-    def read(self, size: int) -> bytes:
-        self._left -= size
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._left -= self._left + 1 if size is None or size < 0 else size
         if self._left < 0:
             raise tarfile.ReadError(f"its headers are longer than {_MAX_HEADER_BYTES} bytes")
-        return self._file.read(size)
-
-    def seek(self, position: int) -> int:
-        return self._file.seek(position)
-
-    def tell(self) -> int:
-        return self._file.tell()
+        return super().read(size)
 
 
 class Archive:
@@ -199,8 +192,8 @@ class Archive:
             # From the beginning: the descriptor's offset is wherever an earlier look left it.
             os.lseek(self._fd, 0, os.SEEK_SET)
             with (
-                open(self._fd, "rb", closefd=False) as file,
-                tarfile.open(fileobj=_Headers(file), mode="r:", errorlevel=2) as archive,
+                _Headers(io.FileIO(self._fd, closefd=False)) as file,
+                tarfile.open(fileobj=file, mode="r:", errorlevel=2) as archive,
             ):
                 for count, member in enumerate(archive):
                     if count >= _MAX_MEMBERS:
