@@ -298,3 +298,40 @@ async def test_plan_places_without_recording(storage: Storage) -> None:
 
         assert (planned.id, planned.node_id) == ("", node_id)
         assert await storage.current_revision() == before
+
+
+async def test_a_cancelled_start_leaves_the_instance_stopped(storage: Storage) -> None:
+    agents, joining = MemoryAgents(), registration()
+    async with control_plane(storage, agents) as plane, add_node(plane, joining):
+        await plane.instances.create(draft("web"), mutation())
+        await plane.instances.stop(InstanceRef("web"), mutation(), options=StopOptions())
+        agent = agents.by_node[joining.id]
+        agent.gates["start"] = asyncio.Event()
+        begun = await plane.instances.start(InstanceRef("web"), mutation(wait=False))
+        await until(lambda: agent.calls[-1][0] == "start")
+
+        await plane.operations.cancel(begun.value.id, Caller("alice", "x"))
+        ended = await plane.operations.wait(begun.value.id, timeout_s=10)
+
+        web = plane.instances.resolve(InstanceRef("web")).value
+        assert ended.value.state is OperationState.CANCELLED
+        assert (web.status, web.desired) == (InstanceStatus.STOPPED, DesiredState.STOPPED)
+
+
+async def test_after_a_stop_that_failed_a_crash_is_a_failure(storage: Storage) -> None:
+    agents, joining = MemoryAgents(), registration()
+    async with control_plane(storage, agents) as plane, add_node(plane, joining):
+        await plane.instances.create(draft("web"), mutation())
+        agent = agents.by_node[joining.id]
+        agent.failures["stop"] = FailedPrecondition("it cannot be signalled", reason="STOP_FAILED")
+        with pytest.raises(FailedPrecondition):
+            await plane.instances.stop(InstanceRef("web"), mutation(), options=FORCE)
+        running = plane.instances.resolve(InstanceRef("web")).value
+
+        await plane.nodes.update_status(
+            joining.id, joining.incarnation, drivers=None, observations=(agent.end(running.id, exit_code=1),)
+        )
+
+        ended = plane.instances.resolve(InstanceRef("web")).value
+        assert (running.status, running.desired) == (InstanceStatus.RUNNING, DesiredState.RUNNING)
+        assert (ended.status, ended.status_reason) == (InstanceStatus.FAILED, "EXITED")

@@ -40,10 +40,15 @@ def succeed(
     server_id: str,
     error: HypervisorError | None = None,
 ) -> OperationRecord:
-    """The agent answered: take its observation in and end the operation (with ``error``: as cancelled)."""
+    """The agent answered: take its observation in and end the operation.
+
+    With ``error`` it ends as that says: a cancelled start, which the agent has undone.
+    """
     operation = _driven(draft, operation_id, server_id=server_id)
     instance = _held(draft, operation)
     if instance is not None:
+        if error is not None:
+            instance = structs.replace(instance, desired=_desired_after(operation, instance, error))
         draft.put(keys.instance(instance.id), settle(instance, reply, now=draft.now))
     return _end(draft, operation, error)
 
@@ -93,7 +98,6 @@ def fail(draft: Draft, operation_id: str, *, server_id: str, error: HypervisorEr
         status, reason = _after_failure(operation.verb, instance, error)
         if not can_move(instance.status, status):
             status, reason = InstanceStatus.UNKNOWN, error.reason
-        gone_wrong = operation.verb == "delete" and not unclear(error)
         draft.put(
             keys.instance(instance.id),
             structs.replace(
@@ -101,7 +105,7 @@ def fail(draft: Draft, operation_id: str, *, server_id: str, error: HypervisorEr
                 status=status,
                 status_reason=reason,
                 status_message=f"{operation.verb} failed: {error.message}",
-                desired=DesiredState.STOPPED if gone_wrong else instance.desired,
+                desired=_desired_after(operation, instance, error),
                 operation_id="",
                 transition_deadline=None,
                 updated_at=draft.now,
@@ -186,6 +190,21 @@ def _end(draft: Draft, operation: OperationRecord, error: HypervisorError | None
     )
     draft.put(keys.operation(operation.id), ended)
     return ended
+
+
+def _desired_after(operation: OperationRecord, instance: Instance, error: HypervisorError) -> DesiredState:
+    """What is wanted of the instance after a start, stop, restart or delete that came to nothing: what was before.
+
+    An end of the instance is judged by it: one that nobody wants any more is no failure, and the other way round.
+    """
+    match operation.verb:
+        case "start" if isinstance(error, Cancelled):
+            return DesiredState.STOPPED
+        case "stop" if instance.status is InstanceStatus.STOPPING and not unclear(error):
+            return DesiredState.RUNNING
+        case "delete" if not unclear(error):
+            return DesiredState.STOPPED
+    return instance.desired
 
 
 def _after_failure(verb: str, instance: Instance, error: HypervisorError) -> tuple[InstanceStatus, str]:
