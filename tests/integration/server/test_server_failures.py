@@ -18,7 +18,7 @@ from hvtest_control_plane import (
     until,
 )
 from hypervisor.core.clock import SystemClock
-from hypervisor.core.errors import AlreadyExists, ResourceExhausted, Unavailable
+from hypervisor.core.errors import AlreadyExists, Internal, ResourceExhausted, Unavailable
 from hypervisor.core.states import InstanceStatus, NodeStatus, OperationState
 from hypervisor.server import keys
 from hypervisor.server.control_plane import ControlPlaneSettings
@@ -33,11 +33,16 @@ class StoreThatFails(MemoryStorage):
     """A store that can be cut off."""
 
     down = False
+    full = False
+    refusals = 0
 
     async def commit(
         self, compares: Sequence[Compare], operations: Sequence[Operation]
     ) -> Committed | Conflicted:
         self._check()
+        if self.full:
+            self.refusals += 1
+            raise ResourceExhausted("the disk is full", reason="STORE_DISK_FULL", retry_after_s=0.05)
         return await super().commit(compares, operations)
 
     async def current_revision(self) -> int:
@@ -371,3 +376,41 @@ async def test_a_full_store_does_not_keep_a_server_from_leaving() -> None:
 
         assert staying.cancelled()
     await storage.aclose()
+
+
+async def test_a_result_waits_for_room_on_the_stores_disk(memory: StoreThatFails) -> None:
+    agents, joining = MemoryAgents(), registration()
+    async with control_plane(memory, agents, change=long_leases) as plane:
+        await plane.nodes.register(joining)
+        gate = agents.agent(plane.nodes.resolve(joining.id).value).gates["create"] = asyncio.Event()
+        begun = await plane.instances.create(draft("web"), mutation(wait=False))
+        await until(lambda: bool(agents.by_node[joining.id].calls))
+
+        memory.full = True
+        gate.set()
+        await until(lambda: memory.refusals > 0)
+        memory.full = False
+
+        done = await plane.operations.wait(begun.value.id, timeout_s=5)
+        assert done.value.state is OperationState.SUCCEEDED
+
+
+async def test_a_failed_create_that_cannot_be_cleaned_up_keeps_its_reservation(storage: Storage) -> None:
+    agents, joining = MemoryAgents(), registration()
+    async with control_plane(storage, agents) as plane, add_node(plane, joining):
+        agent = agents.agent(plane.nodes.resolve(joining.id).value)
+        agent.failures["create"] = Internal("it broke half-way", reason="INTERNAL")
+        agent.failures["delete"] = Unavailable("gone", reason="NODE_UNREACHABLE")
+        gate = agent.gates["delete"] = asyncio.Event()
+        creating = asyncio.create_task(plane.instances.create(draft("web"), mutation()))
+        await until(lambda: "delete" in dict(agent.calls))
+        gate.set()
+        agent.gates["delete"] = asyncio.Event()
+
+        with pytest.raises(Internal):
+            await creating
+
+        assert (await allocation_is_sum(storage))[joining.id].instances == 1
+        agent.gates["delete"].set()
+        await until(lambda: not list(plane.view.instances()))
+        assert (await allocation_is_sum(storage))[joining.id].instances == 0

@@ -291,7 +291,7 @@ class OperationExecutor:
         cleaning = CallContext(request_id, self._settings.cleanup_s)
         operation_id, server_id = operation.id, self._server_id
         if operation.verb == "create":
-            if await self._cleaned_up(operation, instance, cleaning) or not outcomes.unclear(error):
+            if await self._cleaned_up(operation, instance, cleaning) or outcomes.nothing_begun(error):
                 await self._end(
                     lambda d: outcomes.remove(d, operation_id, server_id=server_id, error=error),
                     lane=Lane.PLACEMENTS,
@@ -349,7 +349,10 @@ class OperationExecutor:
         for delay in self._settings.backoff.delays(self._rng):
             try:
                 return (await commit()).value
-            except (Unavailable, DeadlineExceeded) as exc:
+            except HypervisorError as exc:
+                passes = isinstance(exc, Unavailable | DeadlineExceeded) or exc.retry_after_s is not None
+                if not passes:  # not ours to record any more, or a defect; a full disk, for one, passes
+                    raise
                 log.warning("outcome_not_recorded_yet", reason=exc.reason, error=str(exc))
                 await self._clock.sleep(max(delay, exc.retry_after_s or 0.0))
         raise AssertionError("the delays never end")

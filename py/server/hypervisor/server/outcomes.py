@@ -17,7 +17,17 @@ from hypervisor.server.failures import record_of
 from hypervisor.server.observations import settle
 from hypervisor.server.placement import release
 
-__all__ = ["TAKEN_OVER", "cleanup_later", "fail", "progress", "remove", "succeed", "take_over", "unclear"]
+__all__ = [
+    "TAKEN_OVER",
+    "cleanup_later",
+    "fail",
+    "nothing_begun",
+    "progress",
+    "remove",
+    "succeed",
+    "take_over",
+    "unclear",
+]
 
 TAKEN_OVER = "OPERATION_TAKEN_OVER"
 
@@ -28,8 +38,13 @@ _FAILED_REASONS = {"start": "START_FAILED", "restart": "RESTART_FAILED", "delete
 def unclear(error: HypervisorError) -> bool:
     """Whether after this error the agent may have done the work, or still be at it."""
     return isinstance(error, DeadlineExceeded | Cancelled) or (
-        isinstance(error, Unavailable) and error.reason not in _NOTHING_BEGUN
+        isinstance(error, Unavailable) and not nothing_begun(error)
     )
+
+
+def nothing_begun(error: HypervisorError) -> bool:
+    """Whether after this error the agent has certainly done nothing, so that nothing of the work can be left."""
+    return error.reason in _NOTHING_BEGUN
 
 
 def succeed(
@@ -213,9 +228,9 @@ def _after_failure(verb: str, instance: Instance, error: HypervisorError) -> tup
     if unclear(error):
         return InstanceStatus.UNKNOWN, error.reason
     if status not in (InstanceStatus.STOPPING, InstanceStatus.CREATING, InstanceStatus.DELETING):
-        settled = status if error.reason in _NOTHING_BEGUN or verb == "stop" else InstanceStatus.FAILED
+        settled = status if nothing_begun(error) or verb == "stop" else InstanceStatus.FAILED
         return settled, instance.status_reason if settled is status else _FAILED_REASONS[verb]
-    if error.reason in _NOTHING_BEGUN:
+    if nothing_begun(error):
         # What it was before is not on record: let the node tell.
         return InstanceStatus.UNKNOWN, error.reason
     if verb == "stop":
