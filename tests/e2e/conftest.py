@@ -37,3 +37,16 @@ def image(cluster: ProgramCluster) -> str:
         stdout=subprocess.DEVNULL,
     )
     return f"oci-archive:{path}"
+
+
+@pytest.fixture(autouse=True)
+def _leave_nothing_to_the_next_test(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that failed half-way shall not fail those after it."""
+    yield
+    if "cluster" not in request.fixturenames:
+        return
+    cluster = request.getfixturevalue("cluster")
+    if cluster.server.running and cluster.agent.running:
+        left = cluster.ctl("instance", "list", "-q").out.split()
+        if left:
+            cluster.ctl("instance", "delete", *left, "--force")

@@ -509,7 +509,9 @@ class TestFailure:
     ) -> None:
         made = await started(
             driver,
-            bench.spec("trap 'echo asked; read line; exit 143' TERM; echo ready; while :; do sleep 0.05; done"),
+            bench.spec(
+                "trap 'echo asked; read line; exit 143' TERM; echo ready; while :; do sleep 0.05; done"
+            ),
         )
         console = await driver.attach(made.instance_id)
         await read_until(console, b"ready")
