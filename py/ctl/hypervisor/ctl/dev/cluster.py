@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 from hypervisor.core.errors import DeadlineExceeded, FailedPrecondition, HypervisorError, Unavailable
 from hypervisor.ctl import lazygrpc
+from hypervisor.ctl.dev.mounts import mounts_below
 from hypervisor.ctl.dev.plan import Layout, Plan
 from hypervisor.ctl.dev.processes import terminate
 from hypervisor.ctl.dev.state import ClusterState, read_state, write_atomically
 from hypervisor.ctl.dev.supervisor import supervise
-from hypervisor.ctl.dev.sweep import mounts_below, sweep
+from hypervisor.ctl.dev.sweep import sweep
 
 if TYPE_CHECKING:
     from hypervisor.ctl.session import Session

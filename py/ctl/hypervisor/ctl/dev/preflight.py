@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hypervisor.core.errors import FailedPrecondition, InvalidArgument, PermissionDenied
+from hypervisor.ctl.dev.mounts import read_mounts
 from hypervisor.ctl.release import release_directory
 
 __all__ = [
@@ -117,9 +118,7 @@ def chosen_snapshotter(directory: Path) -> str:
     """``overlayfs``, or ``native`` where the directory is itself on an overlay, which cannot be stacked."""
     best, kind = Path("/"), ""
     resolved = directory.resolve()
-    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
-        before, _, after = line.partition(" - ")
-        point = Path(before.split()[4].encode().decode("unicode_escape"))
-        if resolved.is_relative_to(point) and len(point.parts) >= len(best.parts):
-            best, kind = point, after.split()[0]
+    for mount in read_mounts():
+        if resolved.is_relative_to(mount.point) and len(mount.point.parts) >= len(best.parts):
+            best, kind = mount.point, mount.kind
     return "native" if kind == "overlay" else "overlayfs"

@@ -8,10 +8,11 @@ import os
 import subprocess
 from pathlib import Path
 
+from hypervisor.ctl.dev.mounts import mounts_below
 from hypervisor.ctl.dev.plan import Plan
 from hypervisor.ctl.dev.processes import ProcessId, children_of, command_line, every_process, terminate
 
-__all__ = ["mounts_below", "shims_of", "sweep"]
+__all__ = ["shims_of", "sweep"]
 
 _CGROUPS = Path("/sys/fs/cgroup")
 
@@ -24,16 +25,6 @@ def shims_of(socket: str) -> list[ProcessId]:
         if words and Path(words[0]).name.startswith("containerd-shim") and socket in words:
             found.append(process)
     return found
-
-
-def mounts_below(directory: Path) -> list[Path]:
-    """Mount points below the directory, the deepest first."""
-    points = []
-    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
-        point = Path(line.split()[4].encode().decode("unicode_escape"))
-        if point != directory and point.is_relative_to(directory):
-            points.append(point)
-    return sorted(points, key=lambda point: len(point.parts), reverse=True)
 
 
 def sweep(plan: Plan) -> list[str]:
