@@ -1,8 +1,10 @@
-"""A server that died and is started again on its embedded store, which nobody else can have open."""
+"""Servers that are started again: after they died on their embedded store, and after their store was replaced."""
 
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from hvtest_agent import MemoryAgents
 from hvtest_control_plane import (
@@ -15,11 +17,15 @@ from hvtest_control_plane import (
     until,
 )
 from hypervisor.core.clock import SystemClock
+from hypervisor.core.errors import FailedPrecondition
 from hypervisor.core.states import OperationState
 from hypervisor.server import keys
 from hypervisor.server.control_plane import ControlPlaneSettings
 from hypervisor.server.store.config import StoreConfig
+from hypervisor.server.store.memory import MemoryStorage
 from hypervisor.server.store.open import open_storage
+from hypervisor.server.store.storage import Put
+from hypervisor.server.view import StoreView, ViewSettings
 
 
 def leases_that_outlast_the_test(settings: ControlPlaneSettings) -> ControlPlaneSettings:
@@ -64,4 +70,33 @@ async def test_leases_of_agents_outlive_a_restart_of_the_server(tmp_path: Path) 
     storage = await open_storage(config, SystemClock(), sessions=keys.SESSIONS)
 
     assert await storage.get(keys.node_lease(joining.id).path) is not None
+    await storage.aclose()
+
+
+class RestoredStorage(MemoryStorage):
+    """A store that was restored from a backup of its beginning while servers ran on it."""
+
+    restored = False
+
+    async def current_revision(self) -> int:
+        return 1 if self.restored else await super().current_revision()
+
+
+async def test_a_server_whose_store_went_back_ends_instead_of_serving_what_is_not_true() -> None:
+    storage = RestoredStorage(SystemClock())
+    for value in (b"1", b"2", b"3"):
+        await storage.commit([], [Put("/hypervisor/later", value)])
+    view = StoreView(storage, SystemClock(), settings=ViewSettings(verify_interval_s=0.02, retry_s=0.02))
+    running = asyncio.create_task(view.run())
+    await view.loaded()
+
+    storage.restored = True
+    async with asyncio.timeout(10):
+        await asyncio.wait({running})
+
+    with pytest.raises(BaseExceptionGroup) as ended:
+        running.result()
+    replaced, _ = ended.value.split(FailedPrecondition)
+    assert replaced is not None
+    assert [error.reason for error in replaced.exceptions] == ["STORE_REPLACED"]
     await storage.aclose()

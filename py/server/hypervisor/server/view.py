@@ -5,6 +5,8 @@
 * The watch is not trusted alone: every ``verify_interval_s`` the view asks the store for its revision (which also
   tells whether it can be reached: ``stale``), and every ``relist_interval_s`` it lists everything and compares. A
   difference that the watch should have told is repaired, logged, and told to watchers as changes.
+* A store whose revision goes back is another one (restored from a backup): nothing in memory is true any more, and
+  ``run`` ends with ``FailedPrecondition`` (``STORE_REPLACED``), for the server to be started anew.
 """
 
 import asyncio
@@ -17,7 +19,7 @@ import msgspec
 import structlog
 
 from hypervisor.core.clock import Clock
-from hypervisor.core.errors import HypervisorError, Unavailable
+from hypervisor.core.errors import FailedPrecondition, HypervisorError, Unavailable
 from hypervisor.core.model import Allocation, Instance, Node, OperationRecord
 from hypervisor.server import keys
 from hypervisor.server.cluster_state import ClusterState, Update, cluster_changes, decode_item
@@ -281,12 +283,14 @@ class StoreView:
 
     async def _probe(self) -> bool | None:
         """Whether the view stays behind the store; None when the store cannot be reached."""
+        seen = self._state.revision
         try:
             async with asyncio.timeout(self._settings.lag_timeout_s):
                 newest = await self._storage.current_revision()
         except (HypervisorError, TimeoutError) as exc:
             self._set_stale(str(exc) or "no answer in time")
             return None
+        _check_same_store(newest, seen=seen)
         caught_up = await self._reached(newest)
         if caught_up:
             self._set_stale("")
@@ -348,6 +352,7 @@ class StoreView:
 
     async def _load_when_possible(self) -> None:
         while True:
+            seen = self._state.revision
             try:
                 revision, items = await self._list()
             except HypervisorError as exc:
@@ -355,6 +360,7 @@ class StoreView:
                 log.warning("view_list_failed", reason=exc.reason, error=str(exc))
                 await self._clock.sleep(self._settings.retry_s)
                 continue
+            _check_same_store(revision, seen=seen)
             first = not self._loaded.is_set()
             self._apply(max(revision, self._state.revision), self._differences(revision, items))
             if first:
@@ -411,3 +417,14 @@ class StoreView:
                         found.append(update)
         found.extend(Update(path, None) for path in gone)
         return tuple(found)
+
+
+def _check_same_store(revision: int, *, seen: int) -> None:
+    """Raise unless the store, asked after this server had seen ``seen``, is at least there."""
+    if revision < seen:
+        raise FailedPrecondition(
+            f"the store went back from revision {seen} to {revision}, as after a restored backup: what this server "
+            "knows is not true any more; start it anew",
+            reason="STORE_REPLACED",
+            metadata={"revision": str(revision), "seen": str(seen)},
+        )
