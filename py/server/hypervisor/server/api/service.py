@@ -105,10 +105,11 @@ def make_server(
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", -1),
-            # Watchers and consoles are long and silent; clients may ask whether we are still there.
+            # Watchers and consoles are long and silent, and agents are silent between heartbeats; both may ask whether
+            # we are still there.
             ("grpc.keepalive_time_ms", 30_000),
             ("grpc.keepalive_timeout_ms", 10_000),
-            ("grpc.keepalive_permit_without_calls", 0),
+            ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ("grpc.http2.max_pings_without_data", 0),
             *extra_options,
