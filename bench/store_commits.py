@@ -9,14 +9,12 @@ synchronous=FULL, etcd a transaction without the token that settles lost answers
 import asyncio
 import itertools
 import shutil
-import socket
 import sqlite3
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +26,7 @@ import uvloop
 from etcdserverpb import rpc_pb2 as pb
 from etcdserverpb import rpc_pb2_grpc
 from measure import Claim, claim, interleave, publish, unmeasured
+from measure_etcd import running_etcd
 
 from hypervisor.core.clock import SystemClock
 from hypervisor.server.store.config import StoreConfig
@@ -158,33 +157,6 @@ async def _bare_etcd_rate(stub: "rpc_pb2_grpc.KVAsyncStub", load: Load) -> float
     return await _many(commit, total=load.total, concurrency=load.concurrency)
 
 
-@contextmanager
-def _etcd(binary: str, directory: Path) -> Iterator[str]:
-    """An etcd of one member with default timers."""
-    ports = []
-    for _ in range(2):
-        with closing(socket.socket()) as probe:
-            probe.bind(("127.0.0.1", 0))
-            ports.append(probe.getsockname()[1])
-    client, peer = (f"http://127.0.0.1:{port}" for port in ports)
-    process = subprocess.Popen(
-        [
-            binary,
-            *("--name", "one", "--data-dir", str(directory / "etcd")),
-            *("--listen-client-urls", client, "--advertise-client-urls", client),
-            *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
-            *("--initial-cluster", f"one={peer}"),
-        ],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        yield f"127.0.0.1:{ports[0]}"
-    finally:
-        process.kill()
-        process.wait()
-
-
 def etcd_claims(runner: asyncio.Runner, directory: Path) -> list[Claim]:
     """The etcd store beside a bare client."""
     cases = (
@@ -206,10 +178,10 @@ def etcd_claims(runner: asyncio.Runner, directory: Path) -> list[Claim]:
             for case in cases
         ]
     claims = []
-    with _etcd(binary, directory) as endpoint:
-        config = StoreConfig(backend="etcd", endpoints=(endpoint,), dial_timeout_s=30)
+    with running_etcd(binary, directory) as etcd:
+        config = StoreConfig(backend="etcd", endpoints=(etcd.endpoint,), dial_timeout_s=30)
         storage = runner.run(open_storage(config, SystemClock()))
-        channel = runner.run(_channel(endpoint))
+        channel = runner.run(_channel(etcd.endpoint))
         stub = rpc_pb2_grpc.KVStub(channel)
         for name, concurrency, total, puts, compares, goal in cases:
             load = Load(total, concurrency, puts, compares)

@@ -199,6 +199,19 @@ async def test_an_offer_that_would_leave_a_gap_is_left_to_the_watch(storage: Sto
         assert view.instance("i-9") is None
 
 
+async def test_offers_in_the_other_order_are_taken_once_nothing_is_missing(storage: Storage) -> None:
+    async with viewing(storage) as view:
+        first = view.revision + 1
+        view.offer(first + 1, [Update(keys.instance("i-2").path, Versioned(instance(2), first + 1))])
+        assert view.instance("i-2") is None
+
+        view.offer(first, [Update(keys.instance("i-1").path, Versioned(instance(1), first))])
+
+        assert view.revision == first + 1
+        assert view.instance("i-1") == Versioned(instance(1), first)
+        assert view.instance("i-2") == Versioned(instance(2), first + 1)
+
+
 async def test_a_record_that_cannot_be_read_does_not_blind_the_view(storage: Storage) -> None:
     async with viewing(storage) as view:
         await commit(storage, Put(keys.instance("i-1").path, b"{broken"))

@@ -34,6 +34,8 @@ __all__ = ["StoreView", "ViewSettings"]
 T = TypeVar("T", bound=msgspec.Struct)
 Listener = Callable[[tuple[ClusterChange, ...]], None]
 
+_OFFERS_KEPT = 16
+
 log = structlog.get_logger(__name__)
 
 
@@ -65,6 +67,7 @@ class StoreView:
         self._stale = True
         self._listeners: list[Listener] = []
         self._deleted: dict[str, int] | None = None
+        self._offered: dict[int, Iterable[Update]] = {}
         self._expected: dict[str, Mapping[str, tuple[bytes, msgspec.Struct]]] = {}
 
     # --- reading
@@ -144,6 +147,8 @@ class StoreView:
 
     async def wait_revision(self, revision: int) -> None:
         """See ``ClusterView``. ``Unavailable`` (``VIEW_BEHIND``) when the watch does not get there in time."""
+        if self._state.revision >= revision:
+            return
         try:
             async with asyncio.timeout(self._settings.wait_timeout_s):
                 while self._state.revision < revision:
@@ -217,12 +222,17 @@ class StoreView:
     # --- feeding
 
     def offer(self, revision: int, updates: Iterable[Update]) -> None:
-        """What this server's own commit wrote at ``revision``: taken at once if nothing is missing before it.
+        """What this server's own commit wrote at ``revision``: taken as soon as nothing is missing before it.
 
-        Otherwise the watch brings it, in its turn.
+        If the watch has not brought it by then.
         """
-        if self._loaded.is_set() and revision == self._state.revision + 1:
-            self._apply(revision, updates)
+        if not self._loaded.is_set() or revision <= self._state.revision:
+            return
+        self._offered[revision] = updates
+        while (offered := self._offered.pop(self._state.revision + 1, None)) is not None:
+            self._apply(self._state.revision + 1, offered)
+        if len(self._offered) > _OFFERS_KEPT:
+            self._offered = {at: kept for at, kept in self._offered.items() if at > self._state.revision}
 
     def expect(self, source: str, writes: Mapping[str, tuple[bytes, msgspec.Struct]]) -> None:
         """This server is about to commit these values (as stored, and as records): when the watch is first to tell
