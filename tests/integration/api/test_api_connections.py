@@ -7,8 +7,8 @@ import grpc.aio
 
 from hypervisor.server.api.service import make_server
 
-_PINGS = 8
-"""More than gRPC forgives where they are not permitted."""
+_WATCHED_S = 5.0
+"""gRPC asks at most once a second, whatever it is told; where that is not permitted the third time is too much."""
 
 
 async def test_a_client_that_pings_without_a_call_is_not_turned_away() -> None:
@@ -34,7 +34,7 @@ async def test_a_client_that_pings_without_a_call_is_not_turned_away() -> None:
             await channel.channel_ready()
 
         left = asyncio.create_task(channel.wait_for_state_change(grpc.ChannelConnectivity.READY))
-        done, _ = await asyncio.wait({left}, timeout=_PINGS * 0.2 * 2)
+        done, _ = await asyncio.wait({left}, timeout=_WATCHED_S)
 
         left.cancel()
         assert not done, f"the connection became {channel.get_state()}"
