@@ -98,23 +98,22 @@ def make_server(
 
     Raises FailedPrecondition (``ADDRESS_IN_USE``) where it cannot listen.
     """
-    server = grpc.aio.server(
-        maximum_concurrent_rpcs=max_concurrent_calls,
-        options=[
-            # Two servers on one port would both get a share of the calls, without a word.
-            ("grpc.so_reuseport", 0),
-            ("grpc.max_receive_message_length", max_message_bytes),
-            ("grpc.max_send_message_length", -1),
-            # Watchers and consoles are long and silent, and agents are silent between heartbeats; both may ask whether
-            # we are still there.
-            ("grpc.keepalive_time_ms", 30_000),
-            ("grpc.keepalive_timeout_ms", 10_000),
-            ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-            ("grpc.http2.max_pings_without_data", 0),
-            *extra_options,
-        ],
-    )
+    options = {
+        # Two servers on one port would both get a share of the calls, without a word.
+        "grpc.so_reuseport": 0,
+        "grpc.max_receive_message_length": max_message_bytes,
+        "grpc.max_send_message_length": -1,
+        # Watchers and consoles are long and silent, and agents are silent between heartbeats; both may ask whether we
+        # are still there.
+        "grpc.keepalive_time_ms": 30_000,
+        "grpc.keepalive_timeout_ms": 10_000,
+        "grpc.keepalive_permit_without_calls": 1,
+        "grpc.http2.min_ping_interval_without_data_ms": 5_000,
+        "grpc.http2.max_pings_without_data": 0,
+        # Of an option that is given twice gRPC takes the first.
+        **dict(extra_options),
+    }
+    server = grpc.aio.server(maximum_concurrent_rpcs=max_concurrent_calls, options=list(options.items()))
     cause: RuntimeError | None = None
     try:
         if credentials is None:
