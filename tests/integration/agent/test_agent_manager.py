@@ -8,6 +8,7 @@ import pytest
 
 from hvtest_agent_waiting import until, within
 from hvtest_node import assignment, node_under_test, ref
+from hypervisor.agent.console import ConsoleHub, End, Ended, Output
 from hypervisor.agent.disk import Disk
 from hypervisor.agent.drivers.fake import FakeConfig, FakeDriver
 from hypervisor.agent.drivers.guard import DriverDeadlines
@@ -403,3 +404,38 @@ async def test_a_registration_tells_everything_as_new_observations(tmp_path: Pat
 
         assert again.sequence > created.sequence
         assert (again.status, again.started_at) == (created.status, created.started_at)
+
+
+async def test_epochs_of_deleted_instances_are_remembered_within_bounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hypervisor.agent.drivers.instances.TOMBSTONES", 3)
+    deleted = [assignment(epoch=2) for _ in range(4)]
+    async with node_under_test(tmp_path) as node:
+        for wanted in deleted:
+            await node.manager.create(wanted, start=False)
+            await node.manager.delete(ref(wanted), grace_s=0.0)
+
+        gone = [node.manager._instances.epoch_gone(wanted.instance_id) for wanted in deleted]
+
+    assert gone == [0, 2, 2, 2]
+
+
+async def test_a_defect_in_a_console_lets_its_viewers_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def defect(*_: object) -> bool:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(ConsoleHub, "_end_seen", defect)
+    async with node_under_test(tmp_path) as node:
+        wanted = assignment()
+        await node.manager.create(wanted, start=True)
+        hub = node.consoles.hub(wanted.instance_id)
+        async with hub.view(replay_bytes=0, read_only=True) as viewer:
+            await node.driver.exit(wanted.instance_id, 0)
+
+            async def last() -> Output:
+                return [item async for item in viewer.output()][-1]
+
+            assert await within(last(), what="the viewer ends") == Ended(End.DETACHED)

@@ -1,19 +1,28 @@
 """What a restarted agent makes of its journal and of what runs."""
 
+import asyncio
+import random
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from hvtest_agent_waiting import until
+from hvtest_agent_waiting import until, within
 from hvtest_node import NodeUnderTest, assignment, node_under_test, ref
-from hypervisor.agent.drivers.driver import Assignment
+from hypervisor.agent.app import run_agent
+from hypervisor.agent.config import AgentSettings
+from hypervisor.agent.drivers.driver import Assignment, Handle
 from hypervisor.agent.drivers.fake import FakeConfig, FakeDriver
+from hypervisor.agent.drivers.guard import DriverDeadlines, GuardedDriver
+from hypervisor.agent.drivers.health import OfferedDriver
+from hypervisor.agent.drivers.registry import Drivers
 from hypervisor.agent.entries import Entry, Phase
 from hypervisor.agent.journal import Journal
 from hypervisor.core.clock import SystemClock
 from hypervisor.core.errors import InvalidArgument, Unavailable
-from hypervisor.core.states import InstanceStatus
+from hypervisor.core.ids import new_id
+from hypervisor.core.model import Observation
+from hypervisor.core.states import InstanceStatus, InstanceType
 
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 LATER = datetime(2100, 1, 1, tzinfo=UTC)
@@ -308,6 +317,38 @@ async def test_calls_for_an_instance_whose_driver_is_not_enabled_any_more_say_so
                 await call
             assert caught.value.reason == "DRIVER_UNAVAILABLE"
             assert "drivers.enabled" in caught.value.message
+
+
+async def test_an_agent_told_to_stop_does_not_wait_for_a_runtime_that_hangs(tmp_path: Path) -> None:
+    wanted = assignment()
+    async with node_under_test(tmp_path / "agent") as node:
+        await node.manager.create(wanted, start=True)
+    asked, stop = asyncio.Event(), asyncio.Event()
+
+    class Hanging(FakeDriver):
+        async def recover(self, instance_id: str, handle: Handle) -> Observation | None:
+            asked.set()
+            await asyncio.Event().wait()
+            return None
+
+    driver = Hanging(FakeConfig(state_dir=tmp_path / "agent" / "fake"), clock=SystemClock())
+    guarded = GuardedDriver(driver, deadlines=DriverDeadlines(action_s=300.0, abandon_s=0.05))
+    running = asyncio.ensure_future(
+        run_agent(
+            AgentSettings.model_validate({"agent": {"port": 0, "data_dir": str(tmp_path / "agent")}}),
+            stop=stop,
+            clock=SystemClock(),
+            rng=random.Random(1),
+            new_id=new_id,
+            version="1.2.3",
+            drivers=Drivers((OfferedDriver(guarded, (InstanceType.CONTAINER,)),), ()),
+        )
+    )
+    await within(asked.wait(), what="the adoption hangs")
+
+    stop.set()
+
+    await within(running, what="the agent ends")
 
 
 def _all_settled(node: NodeUnderTest) -> bool:

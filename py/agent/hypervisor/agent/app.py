@@ -183,22 +183,36 @@ class _Agent:
         )
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self._consoles.run()), group.create_task(self._manager.run())]
-            await self._manager.ready()
-            async with server:
-                tasks += [
-                    group.create_task(self._health.run()),
-                    group.create_task(self._reporter.run()),
-                    group.create_task(self._membership.run()),
-                ]
-                _log.info(
-                    "agent_ready", node_id=self._node.id, hostname=self._node.hostname, port=self._node.port
-                )
-                await stop.wait()
-                _log.info("agent_stopping", node_id=self._node.id)
-                self._consoles.detach_all()
+            if await self._adopted(stop):
+                async with server:
+                    tasks += [
+                        group.create_task(self._health.run()),
+                        group.create_task(self._reporter.run()),
+                        group.create_task(self._membership.run()),
+                    ]
+                    _log.info(
+                        "agent_ready",
+                        node_id=self._node.id,
+                        hostname=self._node.hostname,
+                        port=self._node.port,
+                    )
+                    await stop.wait()
+                    _log.info("agent_stopping", node_id=self._node.id)
+                    self._consoles.detach_all()
             for task in tasks:
                 task.cancel()
         _log.info("agent_stopped", node_id=self._node.id)
+
+    async def _adopted(self, stop: asyncio.Event) -> bool:
+        """Wait until what runs is adopted; False when the agent is to stop before: a runtime that hangs must not hold
+        that up."""
+        waiting = [asyncio.ensure_future(self._manager.ready()), asyncio.ensure_future(stop.wait())]
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in waiting:
+                task.cancel()
+        return not stop.is_set()
 
 
 def _make_drivers(settings: AgentSettings, *, clock: Clock, rng: random.Random, new_id: IdSource) -> Drivers:

@@ -97,3 +97,4 @@ class ConsoleHubs:
         except Exception:
             # A defect of ours in one console must not take the node's other consoles along.
             _log.exception("console_defect", instance=hub.instance_id)
+            hub.end(End.DETACHED)

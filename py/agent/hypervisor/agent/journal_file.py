@@ -18,12 +18,13 @@ from hypervisor.agent.entries import Entry
 from hypervisor.agent.journal_records import HEADER, Forget, Put, Record, Started, frame, replay
 from hypervisor.core.errors import HypervisorError, ResourceExhausted, Unavailable
 
-__all__ = ["JournalFile", "Write"]
+__all__ = ["TOMBSTONES", "JournalFile", "Write"]
 
 CHUNK_BYTES = 256 << 10
 RESERVE_BYTES = 64 << 10
 _COMPACT_FROM_BYTES = 1 << 20
-_TOMBSTONES = 4096
+TOMBSTONES = 4096
+"""Of how many deleted instances the epoch is remembered."""
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 _log = structlog.get_logger(__name__)
@@ -140,7 +141,7 @@ class JournalFile:
                 self._gone[instance_id] = framed
                 self._gone.move_to_end(instance_id)
                 self.epochs_gone[instance_id] = epoch
-                while len(self._gone) > _TOMBSTONES:
+                while len(self._gone) > TOMBSTONES:
                     oldest, _ = self._gone.popitem(last=False)
                     del self.epochs_gone[oldest]
 

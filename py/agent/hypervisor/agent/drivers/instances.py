@@ -11,6 +11,7 @@ import msgspec
 from hypervisor.agent.drivers.observed import ObservationBook
 from hypervisor.agent.entries import Entry, Phase
 from hypervisor.agent.journal import Journal
+from hypervisor.agent.journal_file import TOMBSTONES
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import FailedPrecondition, HypervisorError, NotFound
 from hypervisor.core.model import Observation
@@ -78,7 +79,7 @@ class LocalInstances:
         return slot if slot is not None and slot.entry is not None else None
 
     def epoch_gone(self, instance_id: str) -> int:
-        """Epoch of the copy that was deleted last; 0 for none known."""
+        """Epoch of the copy that was deleted last; 0 for none known (the last 4,096 are)."""
         return self._epochs_gone.get(instance_id, 0)
 
     @asynccontextmanager
@@ -205,7 +206,10 @@ class LocalInstances:
         assert entry is not None
         slot.entry = None
         self.journal.forget_soon(entry.instance_id, epoch=entry.epoch)
+        self._epochs_gone.pop(entry.instance_id, None)
         self._epochs_gone[entry.instance_id] = entry.epoch
+        if len(self._epochs_gone) > TOMBSTONES:
+            del self._epochs_gone[next(iter(self._epochs_gone))]
         self.book.forget(entry.instance_id)
         self._listener.deleted(entry.instance_id)
 
