@@ -25,6 +25,7 @@ from hypervisor.server.store.storage import (
     Conflicted,
     Item,
     Operation,
+    OutcomeUnknown,
     Put,
 )
 from hypervisor.server.view import StoreView, ViewSettings
@@ -294,7 +295,9 @@ async def test_what_waits_when_the_server_stops_is_told() -> None:
         task.cancel()
     await asyncio.wait(tasks)
 
-    for call in (begun, waiting, committer.commit(claim("o", "x"))):
+    with pytest.raises(OutcomeUnknown):
+        await begun
+    for call in (waiting, committer.commit(claim("o", "x"))):
         with pytest.raises(Unavailable) as stopped:
             await call
         assert stopped.value.reason == "SERVER_STOPPING"

@@ -25,7 +25,7 @@ from hypervisor.server.drafts import Batch, Decision
 from hypervisor.server.failures import copy_of
 from hypervisor.server.keys import RecordKey
 from hypervisor.server.services import Versioned
-from hypervisor.server.store.storage import Committed, Conflicted, Item, Storage
+from hypervisor.server.store.storage import Committed, Conflicted, Item, OutcomeUnknown, Storage
 from hypervisor.server.view import StoreView
 
 __all__ = ["Decided", "GroupCommitter", "Knowledge", "Lane"]
@@ -164,8 +164,8 @@ class GroupCommitter:
 
         ``then(value, revision)`` is called right after the commit, even when the caller was cancelled meanwhile.
         A caller that is cancelled before its decision was begun withdraws it. ``Unavailable`` when the store cannot
-        be reached, too many decisions wait (``SERVER_BUSY``) or this server stops; ``OutcomeUnknown`` as in the
-        storage contract.
+        be reached, too many decisions wait (``SERVER_BUSY``) or this server stops before its turn; ``OutcomeUnknown``
+        as in the storage contract, and when this server stops while its transaction is under way.
         """
         if self._closed:
             raise _stopping()
@@ -184,8 +184,8 @@ class GroupCommitter:
 
     async def run(self) -> None:
         """Commit until cancelled; what is waiting then fails with ``Unavailable`` (``SERVER_STOPPING``)."""
-        await self._view.loaded()
         try:
+            await self._view.loaded()
             async with asyncio.TaskGroup() as group:
                 for lane in Lane:
                     group.create_task(self._run_lane(lane), name=f"commit-{lane.value}")
@@ -220,9 +220,10 @@ class GroupCommitter:
             self._failed(entries, exc, queue)
             return
         except asyncio.CancelledError:
+            # The store does not take a transaction back that was sent.
             for entry in entries:
                 if not entry.future.done():
-                    entry.future.set_exception(_stopping())
+                    entry.future.set_exception(_interrupted())
             raise
         match outcome:
             case Committed(revision):
@@ -310,4 +311,12 @@ class GroupCommitter:
 def _stopping() -> Unavailable:
     return Unavailable(
         "this server is stopping: try another one", reason="SERVER_STOPPING", retry_after_s=1.0
+    )
+
+
+def _interrupted() -> OutcomeUnknown:
+    return OutcomeUnknown(
+        "this server stopped while the change was being written: it may or may not be recorded; look before a retry, or "
+        "repeat the call with its request_id",
+        retry_after_s=1.0,
     )
