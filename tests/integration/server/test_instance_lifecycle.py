@@ -1,6 +1,7 @@
 """Instances through the whole control plane, with real stores and agents in memory."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -335,3 +336,17 @@ async def test_after_a_stop_that_failed_a_crash_is_a_failure(storage: Storage) -
         ended = plane.instances.resolve(InstanceRef("web")).value
         assert (running.status, running.desired) == (InstanceStatus.RUNNING, DesiredState.RUNNING)
         assert (ended.status, ended.status_reason) == (InstanceStatus.FAILED, "EXITED")
+
+
+async def test_a_request_id_names_the_callers_own_operation_to_cancel(storage: Storage) -> None:
+    agents, joining = MemoryAgents(), registration()
+    async with control_plane(storage, agents) as plane, add_node(plane, joining):
+        agents.agent(plane.nodes.resolve(joining.id).value).gates["create"] = asyncio.Event()
+        bobs = replace(mutation("r-1", wait=False), caller=Caller("bob", "x"))
+        own = await plane.instances.create(draft("alices"), mutation("r-1", wait=False))
+        other = await plane.instances.create(draft("bobs"), bobs)
+
+        cancelled = await plane.operations.cancel("r-1", Caller("alice", "x"))
+
+        assert cancelled.value.id == own.value.id
+        assert not plane.operations.get(other.value.id).value.cancel_requested

@@ -316,7 +316,7 @@ def _stopping() -> Unavailable:
 
 def _interrupted() -> OutcomeUnknown:
     return OutcomeUnknown(
-        "this server stopped while the change was being written: it may or may not be recorded; look before a retry, or "
-        "repeat the call with its request_id",
+        "this server stopped while the change was being written: it may or may not be recorded; look before a retry, "
+        "or repeat the call with its request_id",
         retry_after_s=1.0,
     )

@@ -162,7 +162,9 @@ class OperationService:
 
     async def cancel(self, operation: str, caller: Caller) -> Versioned[OperationRecord]:
         """See ``CancelOperation``: asks; who drives the operation ends it."""
-        operation_id = self.get(operation).value.id
+        # Two callers may have used one request_id: the caller means its own.
+        own = self._committer.find(keys.operation(derived_id("op", caller.principal, operation)))
+        operation_id = (own or self.get(operation)).value.id
 
         def decide(draft: Draft) -> OperationRecord:
             found = draft.get(keys.operation(operation_id))
