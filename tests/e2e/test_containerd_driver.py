@@ -20,6 +20,7 @@ from hvtest_agent_waiting import within
 from hvtest_containerd import PrivateContainerd, missing_programs
 from hvtest_containers import BUSYBOX, ContainerdBench, assignment
 from hvtest_driver_contract import DriverContract
+from hvtest_driver_watching import events_of, read_until, the_end
 from hvtest_hostile_archives import HOSTILE_ARCHIVES, docker_archive
 from hypervisor.agent.drivers.containerd import ContainerdDriver
 from hypervisor.agent.drivers.containerd.client import Client
@@ -27,7 +28,7 @@ from hypervisor.agent.drivers.containerd.console import ConsoleFifos
 from hypervisor.agent.drivers.containerd.events import EventFeed, EventHandlers
 from hypervisor.agent.drivers.containerd.labels import Record
 from hypervisor.agent.drivers.containerd.runtime import Runtime
-from hypervisor.agent.drivers.driver import Assignment, Console
+from hypervisor.agent.drivers.driver import Assignment
 from hypervisor.core.clock import SystemClock
 from hypervisor.core.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from hypervisor.core.ids import new_id
@@ -71,52 +72,12 @@ async def started(driver: ContainerdDriver, spec: InstanceSpec) -> Assignment:
     return made
 
 
-async def read_until(console: Console, wanted: bytes) -> bytes:
-    seen = b""
-
-    async def collect() -> None:
-        nonlocal seen
-        while wanted not in seen:
-            data = await console.read()
-            assert data, f"the console ended before {wanted!r}; seen: {seen!r}"
-            seen += data
-
-    await within(collect(), what=f"the console shows {wanted!r}", timeout_s=20.0)
-    return seen
-
-
 async def until(probe: Callable[[], Awaitable[bool]], *, what: str, timeout_s: float = 20.0) -> None:
     async def poll() -> None:
         while not await probe():  # noqa: ASYNC110
             await asyncio.sleep(0.05)
 
     await within(poll(), what=what, timeout_s=timeout_s)
-
-
-@contextlib.asynccontextmanager
-async def observations(driver: ContainerdDriver) -> AsyncIterator["asyncio.Queue[Observation]"]:
-    queue: asyncio.Queue[Observation] = asyncio.Queue()
-
-    async def consume() -> None:
-        async for seen in driver.events():
-            queue.put_nowait(seen)
-
-    task = asyncio.ensure_future(consume())
-    try:
-        yield queue
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
-async def the_end(queue: "asyncio.Queue[Observation]", instance_id: str) -> Observation:
-    async def find() -> Observation:
-        while True:
-            seen = await queue.get()
-            if seen.instance_id == instance_id and seen.finished_at is not None:
-                return seen
-
-    return await within(find(), what=f"an event tells the end of {instance_id}", timeout_s=30.0)
 
 
 class TestDriverContract(DriverContract):
@@ -173,7 +134,7 @@ class TestLifecycle:
         made = assignment(bench.spec("exec tail /dev/zero", memory_mb=16))
         await driver.create(made)
 
-        async with observations(driver) as queue:
+        async with events_of(driver) as queue:
             await driver.start(made.instance_id)
             seen = await the_end(queue, made.instance_id)
 
@@ -271,7 +232,7 @@ class TestConsole:
         made = assignment(bench.spec("dd if=/dev/zero bs=1k count=600 | tr '\\0' x; echo; echo last words"))
         await driver.create(made)
 
-        async with observations(driver) as queue:
+        async with events_of(driver) as queue:
             await driver.start(made.instance_id)
             seen = await the_end(queue, made.instance_id)
 
@@ -386,7 +347,7 @@ class TestFailure:
         ends = await started(driver, bench.spec("read line; exit 4"))
         console = await driver.attach(ends.instance_id)
 
-        async with observations(driver) as queue:
+        async with events_of(driver) as queue:
             await within(queue.get(), what="the feed has begun")
             bench.containerd.kill()
             with pytest.raises(Unavailable) as caught:
@@ -412,7 +373,7 @@ class TestFailure:
     ) -> None:
         made = await started(driver, bench.shell())
 
-        async with observations(driver) as queue:
+        async with events_of(driver) as queue:
             await within(queue.get(), what="the feed has begun")
             for pid in bench.containerd.shims():
                 os.kill(pid, 9)

@@ -7,16 +7,16 @@ have a line interpreter that echoes typed lines and knows ``echo``, ``stty size`
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
 from typing import Protocol
 
 import pytest
 
 from hvtest_agent_waiting import within
-from hypervisor.agent.drivers.driver import VERBS, Assignment, Console, Driver
+from hvtest_driver_watching import events_of, read_until, the_end
+from hypervisor.agent.drivers.driver import VERBS, Assignment, Driver
 from hypervisor.core.errors import FailedPrecondition, HypervisorError, InvalidArgument, NotFound
 from hypervisor.core.ids import new_id
-from hypervisor.core.model import ConsoleSize, InstanceSpec, Observation
+from hypervisor.core.model import ConsoleSize, InstanceSpec
 from hypervisor.core.states import InstanceStatus, InstanceType
 
 __all__ = ["DriverBench", "DriverContract"]
@@ -50,47 +50,6 @@ class DriverBench(Protocol):
     def leftovers(self) -> dict[str, list[str]]:
         """What is left in the runtime of instances, by kind; empty after everything was deleted."""
         ...
-
-
-async def _read_until(console: Console, wanted: bytes, *, times: int = 1) -> bytes:
-    seen = b""
-
-    async def collect() -> None:
-        nonlocal seen
-        while seen.count(wanted) < times:
-            data = await console.read()
-            assert data, f"the console ended before {wanted!r}; seen: {seen!r}"
-            seen += data
-
-    await within(collect(), what=f"the console shows {wanted!r}", timeout_s=20.0)
-    return seen
-
-
-@asynccontextmanager
-async def _events_of(driver: Driver) -> AsyncIterator["asyncio.Queue[Observation]"]:
-    """The driver's events, consumed from now on."""
-    queue: asyncio.Queue[Observation] = asyncio.Queue()
-
-    async def consume() -> None:
-        async for seen in driver.events():
-            queue.put_nowait(seen)
-
-    task = asyncio.ensure_future(consume())
-    try:
-        yield queue
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
-async def _ended(queue: "asyncio.Queue[Observation]", instance_id: str) -> Observation:
-    async def find() -> Observation:
-        while True:
-            seen = await queue.get()
-            if seen.instance_id == instance_id and seen.finished_at is not None:
-                return seen
-
-    return await within(find(), what=f"an event tells the end of {instance_id}", timeout_s=20.0)
 
 
 class DriverContract:
@@ -347,9 +306,9 @@ class DriverContract:
     ) -> None:
         assignment = await self._create(bench, driver, made, bench.exits(0))
 
-        async with _events_of(driver) as events:
+        async with events_of(driver) as events:
             await driver.start(assignment.instance_id)
-            seen = await _ended(events, assignment.instance_id)
+            seen = await the_end(events, assignment.instance_id)
 
         assert (seen.status, seen.reason, seen.exit_code) == (InstanceStatus.STOPPED, "EXITED", 0)
 
@@ -358,9 +317,9 @@ class DriverContract:
     ) -> None:
         assignment = await self._create(bench, driver, made, bench.exits(7))
 
-        async with _events_of(driver) as events:
+        async with events_of(driver) as events:
             await driver.start(assignment.instance_id)
-            seen = await _ended(events, assignment.instance_id)
+            seen = await the_end(events, assignment.instance_id)
 
         assert (seen.status, seen.reason, seen.exit_code) == (InstanceStatus.FAILED, "EXITED", 7)
         assert seen.message
@@ -371,11 +330,11 @@ class DriverContract:
         self, bench: DriverBench, driver: Driver, made: list[str]
     ) -> None:
         assignment = await self._create(bench, driver, made, bench.shell())
-        async with _events_of(driver) as events:
+        async with events_of(driver) as events:
             await driver.start(assignment.instance_id)
             console = await driver.attach(assignment.instance_id)
             await console.write(b"exit 3\n")
-            await _ended(events, assignment.instance_id)
+            await the_end(events, assignment.instance_id)
             await console.close()
 
             seen = await driver.start(assignment.instance_id)
@@ -424,7 +383,7 @@ class DriverContract:
         await console.write(b"echo contract\n")
 
         # Once as the terminal's echo of the line, once as its output.
-        await _read_until(console, b"contract\r\n", times=2)
+        await read_until(console, b"contract\r\n", times=2)
         await console.close()
 
     async def test_a_resize_is_seen_inside(self, bench: DriverBench, driver: Driver, made: list[str]) -> None:
@@ -436,7 +395,7 @@ class DriverContract:
         await console.resize(ConsoleSize(101, 37))
         await console.write(b"stty size\n")
 
-        await _read_until(console, b"37 101")
+        await read_until(console, b"37 101")
         await console.close()
 
     async def test_output_printed_before_the_attachment_is_not_lost(
@@ -444,12 +403,12 @@ class DriverContract:
     ) -> None:
         assignment = await self._create(bench, driver, made, bench.prints("early words"))
 
-        async with _events_of(driver) as events:
+        async with events_of(driver) as events:
             await driver.start(assignment.instance_id)
-            await _ended(events, assignment.instance_id)
+            await the_end(events, assignment.instance_id)
         console = await driver.attach(assignment.instance_id)
 
-        await _read_until(console, b"early words")
+        await read_until(console, b"early words")
         await console.close()
 
     async def test_a_console_ends_with_its_instance(
@@ -482,7 +441,7 @@ class DriverContract:
         second = await driver.attach(assignment.instance_id)
         await second.write(b"echo second\n")
 
-        await _read_until(second, b"second\r\n", times=2)
+        await read_until(second, b"second\r\n", times=2)
         assert (await driver.get(assignment.instance_id)).status is InstanceStatus.RUNNING
         await second.close()
 
@@ -544,9 +503,9 @@ class DriverContract:
     ) -> None:
         assignment = self._assignment(bench, bench.exits(5))
         handle = await driver.create(assignment)
-        async with _events_of(driver) as events:
+        async with events_of(driver) as events:
             await driver.start(assignment.instance_id)
-            await _ended(events, assignment.instance_id)
+            await the_end(events, assignment.instance_id)
         await driver.aclose()
 
         after_restart = await bench.open()
