@@ -14,12 +14,12 @@ import uvloop
 from hypervisor.agent.app import run_agent
 from hypervisor.agent.config import AgentSettings
 from hypervisor.agent.simulated import run_simulated
-from hypervisor.agent.version import agent_version
 from hypervisor.core import logging
 from hypervisor.core.clock import SystemClock
-from hypervisor.core.errors import HypervisorError
+from hypervisor.core.errors import HypervisorError, leaf_errors
 from hypervisor.core.ids import new_id
 from hypervisor.core.settings import SettingsError, environment_name, known_keys, load
+from hypervisor.core.version import program_version
 from hypervisor.ext import stats_sampler
 
 EXIT_FAILURE = 1
@@ -41,7 +41,7 @@ _SET = click.option(
 
 
 @click.group(invoke_without_command=True)
-@click.version_option(agent_version(), prog_name="hypervisor-agent")
+@click.version_option(program_version(), prog_name="hypervisor-agent")
 @_CONFIG
 @_SET
 @click.option(
@@ -99,7 +99,7 @@ def _run(settings: AgentSettings, simulated: int | None) -> int:
     try:
         uvloop.run(_serve(settings, simulated))
     except* HypervisorError as group:
-        for error in _leaves(group):
+        for error in leaf_errors(group):
             _log.error("agent_failed", reason=error.reason, error=error.message)
         code = EXIT_FAILURE
     return code
@@ -110,7 +110,7 @@ async def _serve(settings: AgentSettings, simulated: int | None) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    clock, rng, version = SystemClock(), random.SystemRandom(), agent_version()
+    clock, rng, version = SystemClock(), random.SystemRandom(), program_version()
     _log.info("agent_starting", version=version, stats_sampler=stats_sampler.implementation)
     if simulated is None:
         await run_agent(settings, stop=stop, clock=clock, rng=rng, new_id=new_id, version=version)
@@ -118,16 +118,6 @@ async def _serve(settings: AgentSettings, simulated: int | None) -> None:
         await run_simulated(
             settings, simulated, stop=stop, clock=clock, rng=rng, new_id=new_id, version=version
         )
-
-
-def _leaves(group: BaseExceptionGroup[HypervisorError]) -> list[HypervisorError]:
-    found: list[HypervisorError] = []
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            found += _leaves(error)
-        else:
-            found.append(error)
-    return found
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ part of the API) and ``metadata`` (every dynamic part of the message). The messa
 what, where, how to mend.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
@@ -48,6 +48,7 @@ __all__ = [
     "Unimplemented",
     "from_kind",
     "kind_of",
+    "leaf_errors",
 ]
 
 
@@ -219,3 +220,12 @@ def from_kind(
 ) -> HypervisorError:
     """The error that was recorded with :func:`kind_of`; a kind this version does not know becomes Internal."""
     return _BY_NAME.get(kind, Internal)(message, reason=reason, metadata=metadata)
+
+
+def leaf_errors(group: BaseExceptionGroup[HypervisorError]) -> Iterator[HypervisorError]:
+    """The errors in a group and the groups inside it, in order."""
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from leaf_errors(error)
+        else:
+            yield error

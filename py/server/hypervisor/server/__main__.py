@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -16,12 +15,12 @@ import yaml
 
 from hypervisor.core import logging
 from hypervisor.core.clock import SystemClock
-from hypervisor.core.errors import HypervisorError
+from hypervisor.core.errors import HypervisorError, leaf_errors
 from hypervisor.core.ids import new_id
 from hypervisor.core.settings import Loaded, SettingsError, environment_name, known_keys, load
+from hypervisor.core.version import program_version
 from hypervisor.server.app import run_server
 from hypervisor.server.config import ServerSettings
-from hypervisor.server.version import server_version
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -45,7 +44,7 @@ _SET = click.option(
 
 
 @click.group(invoke_without_command=True)
-@click.version_option(server_version(), prog_name="hypervisor-server")
+@click.version_option(program_version(), prog_name="hypervisor-server")
 @_CONFIG
 @_SET
 @click.pass_context
@@ -59,7 +58,7 @@ def main(context: click.Context, config_path: Path | None, overrides: tuple[str,
 @main.command()
 def version() -> None:
     """Show the version."""
-    click.echo(server_version())
+    click.echo(program_version())
 
 
 @main.group()
@@ -114,7 +113,7 @@ def _run(settings: ServerSettings) -> int:
     try:
         uvloop.run(_serve(settings))
     except* HypervisorError as group:
-        for error in _leaves(group):
+        for error in leaf_errors(group):
             _log.error("server_failed", reason=error.reason, error=error.message)
         code = EXIT_FAILURE
     return code
@@ -131,7 +130,7 @@ async def _serve(settings: ServerSettings) -> None:
         clock=SystemClock(),
         rng=random.SystemRandom(),
         new_id=new_id,
-        version=server_version(),
+        version=program_version(),
         started=lambda _: _tune_collector(),
     )
 
@@ -141,14 +140,6 @@ def _tune_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
-
-
-def _leaves(group: BaseExceptionGroup[HypervisorError]) -> Iterator[HypervisorError]:
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            yield from _leaves(error)
-        else:
-            yield error
 
 
 if __name__ == "__main__":
