@@ -353,6 +353,35 @@ async def test_a_view_whose_place_is_compacted_lists_again(faulty: FaultyWatch) 
         assert [i.value.id for i in view.instances()] == ["i-2"]
 
 
+async def test_who_follows_gets_every_change_even_those_the_view_listed_over(faulty: FaultyWatch) -> None:
+    await commit(faulty, put(1))
+    async with viewing(faulty) as view:
+        faulty.compacted_once = True
+        consumer = asyncio.create_task(take(view.changes(after_revision=None), 3))
+        await asyncio.sleep(0)
+        await commit(faulty, put(2))
+        await commit(faulty, gone(2))
+        await commit(faulty, put(3))
+
+        assert await consumer == [(2, "i-2", True), (3, "i-2", False), (4, "i-3", True)]
+
+
+async def test_who_follows_is_told_when_the_changes_the_view_listed_over_are_gone(
+    faulty: FaultyWatch,
+) -> None:
+    await commit(faulty, put(1))
+    async with viewing(faulty) as view:
+        faulty.compacted_once = True
+        consumer = asyncio.create_task(take(view.changes(after_revision=None), 2))
+        await asyncio.sleep(0)
+        await commit(faulty, put(2))
+        await commit(faulty, gone(2))
+        await faulty.compact(3)
+
+        with pytest.raises(Compacted):
+            await consumer
+
+
 async def test_a_value_this_server_is_writing_is_not_decoded_and_anothers_is() -> None:
     store = MemoryStorage(SystemClock())
     ours, theirs = instance(1), instance(2)

@@ -373,8 +373,10 @@ class StoreView:
             _check_same_store(revision, seen=seen)
             first = not self._loaded.is_set()
             self._apply(max(revision, self._state.revision), self._differences(revision, items))
+            # The differences are not the changes that made them: who follows gets those from the store's history, or
+            # is told that they are gone.
+            self._recent.reset(self._state.revision)
             if first:
-                self._recent.reset(self._state.revision)
                 log.info("view_loaded", revision=self.revision, keys=len(items))
             self._set_stale("")
             self._loaded.set()
