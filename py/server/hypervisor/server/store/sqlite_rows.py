@@ -8,6 +8,7 @@ statements, however much the commit has in it.
 import sqlite3
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache, lru_cache
 from typing import Any
 
 from hypervisor.server.store.feed import HistoryChunk, compacted
@@ -31,7 +32,7 @@ POSITION_BITS = 20
 
 _HISTORY_ROWS = 1000
 
-_BULK_ROWS = (64, 32, 16, 8, 4, 2, 1)
+_BULK_ROWS = (64, 32, 16, 8, 4, 3, 2, 1)
 """Rows of one statement: few sizes, so that sqlite3 finds every statement prepared."""
 
 _Row = tuple[int, str, int, str, bytes | None]
@@ -64,13 +65,9 @@ def read_item(connection: sqlite3.Connection, key: str) -> Item | None:
 def read_items(connection: sqlite3.Connection, keys: Collection[str]) -> dict[str, Item]:
     """The living versions of ``keys``, of those that exist."""
     found: dict[str, Item] = {}
-    wanted = list(keys)
+    wanted = tuple(keys)
     for begin, rows in _pieces(len(wanted)):
-        marks = ",".join("?" * rows)
-        for row in connection.execute(
-            f"SELECT {_COLUMNS} FROM kv CROSS JOIN versions v ON v.id = kv.id WHERE kv.key IN ({marks})",
-            wanted[begin : begin + rows],
-        ).fetchall():
+        for row in connection.execute(_reading(rows), wanted[begin : begin + rows]).fetchall():
             found[row[1]] = _item(row)
     return found
 
@@ -79,20 +76,34 @@ def execute_in_bulk(
     connection: sqlite3.Connection, statement: str, values: Sequence[Any], *, columns: int
 ) -> None:
     """Run ``statement`` over rows of ``columns`` values each; ``{}`` in it stands for the rows."""
-    row = f"({','.join('?' * columns)})"
     for begin, rows in _pieces(len(values) // columns):
         connection.execute(
-            statement.format(",".join([row] * rows)), values[begin * columns : (begin + rows) * columns]
+            _writing(statement, rows, columns), values[begin * columns : (begin + rows) * columns]
         )
 
 
-def _pieces(count: int) -> Iterator[tuple[int, int]]:
+@lru_cache(maxsize=256)
+def _pieces(count: int) -> tuple[tuple[int, int], ...]:
     """``count`` rows cut into pieces (begin, length) of the sizes that statements have."""
+    pieces: list[tuple[int, int]] = []
     begin = 0
     for rows in _BULK_ROWS:
         while count - begin >= rows:
-            yield begin, rows
+            pieces.append((begin, rows))
             begin += rows
+    return tuple(pieces)
+
+
+@cache
+def _reading(rows: int) -> str:
+    marks = ",".join("?" * rows)
+    return f"SELECT {_COLUMNS} FROM kv CROSS JOIN versions v ON v.id = kv.id WHERE kv.key IN ({marks})"
+
+
+@cache
+def _writing(statement: str, rows: int, columns: int) -> str:
+    row = f"({','.join('?' * columns)})"
+    return statement.format(",".join([row] * rows))
 
 
 def read_page(
