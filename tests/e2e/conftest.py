@@ -1,13 +1,16 @@
-"""The built release, a cluster of its programs, and an image of Debian's busybox."""
+"""The built release, a cluster of its programs, an image of Debian's busybox; and the bare driver on a containerd."""
 
 import subprocess
-from collections.abc import Iterator
+import tempfile
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
-from hvtest_containerd import missing_programs
+from hvtest_containerd import PrivateContainerd, missing_programs
+from hvtest_containers import ContainerdBench
 from hvtest_programs import ProgramCluster, unpack_release
+from hypervisor.agent.drivers.containerd import ContainerdDriver
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +53,28 @@ def _leave_nothing_to_the_next_test(request: pytest.FixtureRequest) -> Iterator[
         left = cluster.ctl("instance", "list", "-q").out.split()
         if left:
             cluster.ctl("instance", "delete", *left, "--force")
+
+
+@pytest.fixture(scope="module")
+def containerd() -> Iterator[PrivateContainerd]:
+    # Short: shims have sockets below it, whose paths have at most 107 bytes.
+    directory = Path(tempfile.mkdtemp(prefix="hv", dir="/tmp"))
+    with PrivateContainerd(directory, namespace=f"test-{directory.name}") as private:
+        yield private
+
+
+@pytest.fixture(scope="module")
+def bench(containerd: PrivateContainerd) -> ContainerdBench:
+    return ContainerdBench(containerd)
+
+
+@pytest.fixture
+async def driver(bench: ContainerdBench) -> AsyncIterator[ContainerdDriver]:
+    driver = await bench.open()
+    yield driver
+    await driver.aclose()
+    cleaner = await bench.open()
+    for observation in await cleaner.list():
+        await cleaner.delete(observation.instance_id)
+    await cleaner.aclose()
+    assert bench.leftovers() == {}

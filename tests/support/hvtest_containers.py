@@ -1,10 +1,13 @@
 """The containerd driver over a private containerd: what its tests and the contract suite share."""
 
+import asyncio
 import os
 import random
 import shlex
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from hvtest_agent_waiting import within
 from hvtest_containerd import PrivateContainerd
 from hypervisor.agent.drivers.containerd import ContainerdConfig, ContainerdDriver
 from hypervisor.agent.drivers.driver import Assignment
@@ -14,7 +17,7 @@ from hypervisor.core.model import InstanceSpec
 from hypervisor.core.states import InstanceType
 from hypervisor.ctl.oci_image import build_archive
 
-__all__ = ["BUSYBOX", "ContainerdBench", "assignment"]
+__all__ = ["BUSYBOX", "ContainerdBench", "assignment", "started", "until"]
 
 BUSYBOX = Path(os.environ.get("HYPERVISOR_TEST_BUSYBOX", "/bin/busybox"))
 """A static busybox (Debian: busybox-static)."""
@@ -82,3 +85,21 @@ class ContainerdBench:
         ):
             found["console directories"] = fifos
         return found
+
+
+async def started(driver: ContainerdDriver, spec: InstanceSpec) -> Assignment:
+    """A running instance of ``spec``."""
+    made = assignment(spec)
+    await driver.create(made)
+    await driver.start(made.instance_id)
+    return made
+
+
+async def until(probe: Callable[[], Awaitable[bool]], *, what: str, timeout_s: float = 20.0) -> None:
+    """Return once ``probe`` says so; AssertionError after ``timeout_s``."""
+
+    async def poll() -> None:
+        while not await probe():  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+    await within(poll(), what=what, timeout_s=timeout_s)
