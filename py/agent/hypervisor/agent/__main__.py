@@ -121,4 +121,4 @@ async def _serve(settings: AgentSettings, simulated: int | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(prog_name="hypervisor-agent"))

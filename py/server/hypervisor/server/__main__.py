@@ -143,4 +143,4 @@ def _tune_collector() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(prog_name="hypervisor-server"))
