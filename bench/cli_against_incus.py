@@ -165,24 +165,7 @@ def main() -> None:
         publish([unmeasured(n, reference_name=r, better=b, goal=g, why=why) for n, r, b, g in CLAIMS])
         return
     with ProgramCluster(Path(os.environ["HYPERVISOR_BIN"]).parent) as cluster:
-        archive = cluster.images / "busybox.tar"
-        subprocess.run(
-            [
-                cluster.bin / "hypervisor-ctl",
-                "dev",
-                "image",
-                "--binary",
-                "/bin/busybox",
-                "--name",
-                IMAGE,
-                "-o",
-                archive,
-            ],
-            check=True,
-            env=cluster.env,
-            stdout=subprocess.DEVNULL,
-        )
-        cluster.containerd.ctr("images", "import", str(archive))
+        cluster.containerd.ctr("images", "import", str(cluster.make_image(name=IMAGE)))
         publish(measure(cluster))
 
 

@@ -6,7 +6,6 @@ sides' containers are looked at and removed, outside the clock.
 """
 
 import os
-import subprocess
 import sys
 import time
 import uuid
@@ -26,24 +25,7 @@ def main() -> None:
     """Measure and publish."""
     root = Path(os.environ["HYPERVISOR_BIN"]).parent
     with ProgramCluster(root) as cluster, grpc.insecure_channel(cluster.address) as channel:
-        archive = cluster.images / "busybox.tar"
-        subprocess.run(
-            [
-                cluster.bin / "hypervisor-ctl",
-                "dev",
-                "image",
-                "--binary",
-                "/bin/busybox",
-                "--name",
-                IMAGE,
-                "-o",
-                archive,
-            ],
-            check=True,
-            env=cluster.env,
-            stdout=subprocess.DEVNULL,
-        )
-        cluster.containerd.ctr("images", "import", str(archive))
+        cluster.containerd.ctr("images", "import", str(cluster.make_image(name=IMAGE)))
         compute = compute_pb2_grpc.ComputeServiceStub(channel)
 
         def by_api() -> float:

@@ -1,6 +1,5 @@
 """The built release, a cluster of its programs, an image of Debian's busybox; and the bare driver on a containerd."""
 
-import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -32,14 +31,7 @@ def cluster(release: Path) -> Iterator[ProgramCluster]:
 @pytest.fixture(scope="module")
 def image(cluster: ProgramCluster) -> str:
     """Reference of a busybox image on the node, made by the command line from Debian's busybox-static."""
-    path = cluster.images / "busybox.tar"
-    subprocess.run(
-        [str(cluster.bin / "hypervisor-ctl"), "dev", "image", "--binary", "/bin/busybox", "-o", str(path)],
-        check=True,
-        env=cluster.env,
-        stdout=subprocess.DEVNULL,
-    )
-    return f"oci-archive:{path}"
+    return f"oci-archive:{cluster.make_image()}"
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """Agents in memory, strict about the contract: they refuse what the server must not do, and fail on demand."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -125,7 +125,7 @@ class MemoryAgent:
 
     async def watch_stats(
         self, instance_id: str, context: CallContext, *, interval_s: float
-    ) -> AsyncIterator[InstanceStats]:
+    ) -> AsyncGenerator[InstanceStats, None]:
         while self._known(instance_id).status is InstanceStatus.RUNNING:
             yield await self.stats(instance_id, context)
             await asyncio.sleep(interval_s)

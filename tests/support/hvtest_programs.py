@@ -205,6 +205,12 @@ class ProgramCluster:
         self.containerd.end_everything()
         shutil.rmtree(self.directory, ignore_errors=True)
 
+    def make_image(self, *, name: str = "busybox:test") -> Path:
+        """An OCI archive of Debian's busybox-static, made by the command line, in a directory the agent may read."""
+        path = self.images / "busybox.tar"
+        self.must("dev", "image", "--binary", "/bin/busybox", "--name", name, "-o", str(path))
+        return path
+
     def wait_ready(self) -> None:
         """Return once the node is READY with a driver for containers."""
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from hypervisor.agent.drivers.containerd.cpu_quota import apply_cpu_limit, cpu_limit
+from hypervisor.agent.drivers.containerd.swap_limit import forbid_swap, specification_limits_swap
 from hypervisor.agent.stats.cgroups import (
     CgroupPaths,
     cgroup_paths,
     expected_paths,
-    swap_is_limited,
     uses_v2,
 )
 from hypervisor.agent.stats.sampler import CgroupSampler, network_bytes, read_oom_kills
@@ -239,19 +239,33 @@ def test_a_hybrid_counts_as_v1_where_its_controllers_are(tmp_path: Path) -> None
     }
 
 
-def test_whether_swap_can_be_limited_is_seen_in_the_tree(tmp_path: Path) -> None:
-    v1, v2 = tmp_path / "v1", tmp_path / "v2"
-    (v1 / "memory").mkdir(parents=True)
-    (v2 / "system.slice").mkdir(parents=True)
-    (v2 / "cgroup.controllers").write_text("memory\n")
-    assert not swap_is_limited(v1)
-    assert not swap_is_limited(v2)
+def test_the_specification_limits_swap_with_v1_that_accounts_for_it(tmp_path: Path) -> None:
+    (tmp_path / "memory").mkdir()
+    assert not specification_limits_swap(tmp_path)
 
-    (v1 / "memory" / "memory.memsw.limit_in_bytes").write_text("0\n")
-    (v2 / "system.slice" / "memory.swap.max").write_text("max\n")
+    (tmp_path / "memory" / "memory.memsw.limit_in_bytes").write_text("0\n")
 
-    assert swap_is_limited(v1)
-    assert swap_is_limited(v2)
+    assert specification_limits_swap(tmp_path)
+
+
+def test_with_v2_the_control_group_is_told_to_have_no_swap(tmp_path: Path) -> None:
+    paths = v2_tree(tmp_path)
+    assert paths.unified is not None
+    assert not specification_limits_swap(tmp_path)
+    limit = paths.unified / "memory.swap.max"
+
+    # A kernel that does not account for swap has no such file.
+    forbid_swap(paths)
+    assert not limit.exists()
+
+    limit.write_text("max\n")
+    forbid_swap(paths)
+    assert limit.read_text().startswith("0")
+
+
+def test_with_v1_no_swap_is_left_to_the_specification(tmp_path: Path) -> None:
+    forbid_swap(v1_tree(tmp_path))
+    assert list(tmp_path.rglob("*swap*")) == []
 
 
 def test_loopback_traffic_is_not_counted() -> None:

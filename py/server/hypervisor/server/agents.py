@@ -3,7 +3,7 @@
 ``agents_grpc.py`` implements them over gRPC; tests have one in memory.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -97,7 +97,7 @@ class Agent(Protocol):
 
     def watch_stats(
         self, instance_id: str, context: CallContext, *, interval_s: float
-    ) -> AsyncIterator[InstanceStats]:
+    ) -> AsyncGenerator[InstanceStats, None]:
         """Samples until the iterator is closed or the instance ends. ``context.timeout_s`` does not apply."""
         ...
 

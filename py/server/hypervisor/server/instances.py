@@ -1,6 +1,6 @@
 """Instances: what the calls of ComputeService do. Implements ``Instances``; compute.proto has the rules."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from functools import partial
 
 from hypervisor.core.clock import Clock
@@ -140,7 +140,7 @@ class InstanceService:
 
     async def watch_stats(
         self, ref: InstanceRef, caller: Caller, *, interval_s: float
-    ) -> AsyncIterator[InstanceStats]:
+    ) -> AsyncGenerator[InstanceStats, None]:
         instance, node = self._running(ref, "stats")
         context = CallContext(caller.request_id, _STATS_TIMEOUT_S)
         async for sample in self._agents.agent(node).watch_stats(instance.id, context, interval_s=interval_s):

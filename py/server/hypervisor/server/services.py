@@ -6,7 +6,7 @@ Implementations: ``instances.py``, ``nodes.py``, ``operations.py``, ``view.py``;
 All methods raise classes of :mod:`hypervisor.core.errors` only.
 """
 
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Generic, Protocol, TypeVar
@@ -121,7 +121,7 @@ class ClusterView(Protocol):
         """Return once this view has seen ``revision``: read your own writes."""
         ...
 
-    def changes(self, *, after_revision: int | None) -> AsyncIterator[tuple[ClusterChange, ...]]:
+    def changes(self, *, after_revision: int | None) -> AsyncGenerator[tuple[ClusterChange, ...], None]:
         """Changes after the revision (None: from now on), all of one revision together, in order, none left out.
 
         An empty tuple is a progress mark (look at ``revision``). Raises ``Compacted`` (from the storage contract) when
@@ -189,7 +189,7 @@ class ConsoleEvent(Protocol):
 class ConsoleSession(Protocol):
     """A console of an instance, through its agent."""
 
-    def output(self) -> AsyncIterator[ConsoleEvent]: ...
+    def output(self) -> AsyncGenerator[ConsoleEvent, None]: ...
 
     async def send(self, data: bytes) -> None: ...
 
@@ -229,7 +229,7 @@ class Instances(Protocol):
 
     def watch_stats(
         self, ref: InstanceRef, caller: Caller, *, interval_s: float
-    ) -> AsyncIterator[InstanceStats]: ...
+    ) -> AsyncGenerator[InstanceStats, None]: ...
 
     def last_stats(self, instance_id: str) -> InstanceStats | None:
         """The newest sample that came with a heartbeat to this server."""

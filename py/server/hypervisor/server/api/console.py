@@ -51,7 +51,7 @@ class ConsoleHandlers:
         # Owned here and awaited below: a task group would cancel this generator while its caller holds it.
         typing_task = asyncio.create_task(typing.run(), name=f"console-input-{call.request_id}")
         try:
-            async with aclosing(session.output()) as events:  # type: ignore[type-var]
+            async with aclosing(session.output()) as events:
                 async for event in events:
                     for message in _messages(event):
                         yield message

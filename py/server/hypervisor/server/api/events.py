@@ -72,7 +72,7 @@ class EventHandlers:
             yield _progress(after)
         last_sent = self._clock.monotonic()
         try:
-            async with aclosing(self._view.changes(after_revision=after)) as batches:  # type: ignore[type-var]
+            async with aclosing(self._view.changes(after_revision=after)) as batches:
                 async for batch in batches:
                     carried = [change for change in batch if self._carries(wanted, change)]
                     for index, change in enumerate(carried, start=1):

@@ -156,7 +156,7 @@ class InstanceHandlers:
         interval_s = stats_interval(request, wrong)
         wrong.check()
         samples = self._instances.watch_stats(ref, call.caller, interval_s=interval_s)
-        async with aclosing(samples):  # type: ignore[type-var]
+        async with aclosing(samples):
             async for sample in samples:
                 yield stats_to_wire(sample)
 
