@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["CgroupPaths", "cgroup_paths", "expected_paths", "swap_is_limited", "uses_v2"]
+__all__ = ["CgroupPaths", "cgroup_paths", "expected_paths", "uses_v2"]
 
 _CONTROLLERS = ("cpuacct", "cpu", "memory", "blkio", "pids")
 
@@ -53,10 +53,3 @@ def expected_paths(cgroup: str, *, root: Path) -> CgroupPaths:
     if uses_v2(root):
         return CgroupPaths(root / relative, {})
     return CgroupPaths(None, {controller: root / controller / relative for controller in _CONTROLLERS})
-
-
-def swap_is_limited(root: Path) -> bool:
-    """Whether the kernel can limit a control group's swap."""
-    if uses_v2(root):
-        return any(root.glob("*/memory.swap.max"))
-    return (root / "memory" / "memory.memsw.limit_in_bytes").is_file()

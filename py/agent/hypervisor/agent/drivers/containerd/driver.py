@@ -26,10 +26,10 @@ from hypervisor.agent.drivers.containerd.observing import (
 from hypervisor.agent.drivers.containerd.runtime import Mounts, Runtime
 from hypervisor.agent.drivers.containerd.runtime_spec import MAX_OPEN_FILES, HostFeatures, build_runtime_spec
 from hypervisor.agent.drivers.containerd.start_errors import explain_start_failure
+from hypervisor.agent.drivers.containerd.swap_limit import forbid_swap, specification_limits_swap
 from hypervisor.agent.drivers.containerd.tracking import DRIVER_NAME, Live, Tracker
 from hypervisor.agent.drivers.containerd.uninterrupted import uninterrupted
 from hypervisor.agent.drivers.driver import VERBS, Assignment, Console, Handle
-from hypervisor.agent.stats.cgroups import swap_is_limited
 from hypervisor.agent.stats.sampler import CgroupSampler
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import (
@@ -60,7 +60,7 @@ def _host_features(config: ContainerdConfig) -> HostFeatures:
         open_files = MAX_OPEN_FILES
     return HostFeatures(
         architecture=oci.host_architecture(),
-        swap_limit=swap_is_limited(config.cgroup_root),
+        swap_limit=specification_limits_swap(config.cgroup_root),
         # The agent and containerd live under the same limits, and runc fails where a limit cannot be raised.
         open_files=min(open_files, MAX_OPEN_FILES),
     )
@@ -236,7 +236,7 @@ class ContainerdDriver:
                 instance_id, mounts=mounts, stdin=str(stdin), stdout=str(stdout)
             )
             live.cgroup = self._tracker.locate(live.pid)
-            self._limit_cpu(live)
+            self._limit(live)
             recorded = True
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._runtime.update_container(record))
@@ -252,16 +252,17 @@ class ContainerdDriver:
         return await self._tracker.observe(record, TaskState(phase=TaskPhase.RUNNING, pid=live.pid))
 
     @staticmethod
-    def _limit_cpu(live: Live) -> None:
+    def _limit(live: Live) -> None:
         try:
             if live.cgroup is None:
                 raise FileNotFoundError("the process has no control group")
             apply_cpu_limit(live.cgroup, cpu_limit(live.record.cpu_millis))
+            forbid_swap(live.cgroup)
         except OSError as exc:
             raise FailedPrecondition(
                 f"instance {live.record.instance_id} cannot be limited to {live.record.cpu_millis} thousandths of a "
-                f"core ({exc}): check that the node's cpu controller is enabled",
-                reason="CPU_LIMIT_REFUSED",
+                f"core and to no swap ({exc}): check that the node's cpu controller is enabled",
+                reason="LIMIT_REFUSED",
                 metadata={"instance_id": live.record.instance_id},
             ) from exc
 

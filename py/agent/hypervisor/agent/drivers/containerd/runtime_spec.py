@@ -88,7 +88,7 @@ class HostFeatures:
 
     architecture: str
     swap_limit: bool
-    """Whether the kernel can limit swap; then containers get none."""
+    """Whether the specification limits swap (to none); see swap_limit.py."""
     open_files: int
     """How many files a process may raise its limit to, at most ``MAX_OPEN_FILES``; not more than the node allows."""
 
