@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,12 @@ from hypervisor.core.states import InstanceStatus
 from hypervisor.ctl.oci_image import build_archive
 
 pytestmark = pytest.mark.skipif(bool(missing_programs()), reason=f"needs {', '.join(missing_programs())}")
+
+
+def swap_limits_v2(containerd: PrivateContainerd) -> set[str]:
+    """Of all its containers; empty with cgroup v1, or where the kernel does not account for swap."""
+    files = [path for group in containerd.cgroups() for path in Path(group).glob("memory.swap.max")]
+    return {path.read_text(encoding="ascii") for path in files}
 
 
 class TestDriverContract(DriverContract):
@@ -67,6 +74,16 @@ class TestLifecycle:
         made = await started(driver, bench.spec("trap '' TERM; while :; do sleep 0.05; done"))
 
         seen = await driver.stop(made.instance_id, grace_s=0.2)
+
+        assert (seen.status, seen.reason, seen.exit_code) == (InstanceStatus.STOPPED, "KILLED", 137)
+
+    async def test_one_that_somebody_froze_is_stopped(
+        self, bench: ContainerdBench, driver: ContainerdDriver
+    ) -> None:
+        made = await started(driver, bench.shell())
+        bench.containerd.ctr("tasks", "pause", made.instance_id)
+
+        seen = await driver.stop(made.instance_id, grace_s=0.0)
 
         assert (seen.status, seen.reason, seen.exit_code) == (InstanceStatus.STOPPED, "KILLED", 137)
 
@@ -119,6 +136,7 @@ class TestLifecycle:
         await read_until(console, b"can't fork")
         assert (await driver.stats(made.instance_id)).memory_limit_bytes == 48 * MIB
         await console.close()
+        assert swap_limits_v2(bench.containerd) <= {"0\n"}
 
     async def test_the_image_says_who_runs_and_the_spec_says_where_and_with_what(
         self, bench: ContainerdBench, driver: ContainerdDriver

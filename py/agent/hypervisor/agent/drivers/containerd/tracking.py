@@ -186,9 +186,19 @@ class Tracker:
         """SIGKILL for all of its processes; returns when they are gone."""
         if await self._runtime.kill_task(instance_id, signal.SIGKILL, all_processes=True):
             if state.phase is TaskPhase.PAUSED:
-                # A frozen process (cgroup v1) takes its signals when it is thawed.
-                await self._runtime.resume_task(instance_id)
+                await self._thaw(instance_id)
             await self._runtime.wait_task(instance_id, timeout_s=_FORCED_END_S)
+
+    async def _thaw(self, instance_id: str) -> None:
+        """Let a frozen process take the SIGKILL it was sent: in cgroup v1 it does so when it is thawed.
+
+        With cgroup v2 it ends frozen, and runc may have thawed it to send the signal. Then there is nothing left to
+        thaw, and the runtime refuses. Whether the process ended is for the wait that follows to say.
+        """
+        try:
+            await self._runtime.resume_task(instance_id)
+        except (FailedPrecondition, NotFound) as exc:
+            _log.debug("container_not_thawed", instance_id=instance_id, error=str(exc))
 
     async def note_stop(self, live: Live) -> None:
         """Record that the run is told to end; called with the instance's lock held, before it is told.
