@@ -292,7 +292,9 @@ async def test_what_became_of_an_unclear_stop_is_asked_of_the_node(storage: Stor
 
 async def test_old_operations_are_forgotten(storage: Storage) -> None:
     def forgetful(settings: ControlPlaneSettings) -> ControlPlaneSettings:
-        return replace(settings, reconciler=replace(settings.reconciler, retention_s=0.3))
+        return replace(
+            settings, reconciler=replace(settings.reconciler, retention_s=0.3, purge_interval_s=0.1)
+        )
 
     async with (
         control_plane(storage, MemoryAgents(), change=forgetful) as plane,
@@ -300,6 +302,7 @@ async def test_old_operations_are_forgotten(storage: Storage) -> None:
     ):
         await plane.instances.create(draft("web"), mutation("r-1"))
         assert plane.operations.get("r-1").value.done
+        assert list(plane.view.unfinished_operations()) == []
 
         await until(lambda: not list(plane.view.operations()))
         assert plane.instances.resolve(InstanceRef("web")).value.status is InstanceStatus.RUNNING

@@ -108,6 +108,7 @@ class ClusterState:
         self.nodes: dict[str, Versioned[Node]] = {}
         self.instances: dict[str, Versioned[Instance]] = {}
         self.operations: dict[str, Versioned[OperationRecord]] = {}
+        self.unfinished: dict[str, Versioned[OperationRecord]] = {}
         self.allocations: dict[str, Versioned[Allocation]] = {}
         self._instances_on: dict[str, dict[str, None]] = {}
         self._servers: dict[str, Versioned[ServerRecord]] = {}
@@ -197,6 +198,8 @@ class ClusterState:
                     self._instances_on.setdefault(i.node_id, {})[i.id] = None
             case OperationRecord() as o:
                 self.operations[o.id] = record
+                if not o.done:
+                    self.unfinished[o.id] = record
                 if o.request_id:
                     self._requests.setdefault(o.request_id, {})[o.id] = None
             case Node() as n:
@@ -219,6 +222,7 @@ class ClusterState:
                 _discard(self._instances_on, i.node_id, i.id)
             case OperationRecord() as o:
                 del self.operations[o.id]
+                self.unfinished.pop(o.id, None)
                 _discard(self._requests, o.request_id, o.id)
             case Node() as n:
                 del self.nodes[n.id]

@@ -122,6 +122,10 @@ class StoreView:
     def operations(self) -> Iterable[Versioned[OperationRecord]]:
         return self._state.operations.values()
 
+    def unfinished_operations(self) -> Iterable[Versioned[OperationRecord]]:
+        """Operations that have not ended: few, where ``operations`` has the history of a day."""
+        return self._state.unfinished.values()
+
     def node_alive(self, node_id: str) -> bool:
         """Whether the node's lease exists."""
         return self._state.mod_revision(keys.node_lease(node_id).path) > 0

@@ -1,6 +1,7 @@
 """Carries out what ``decide`` says, on the elected leader only, every commit fenced."""
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -9,7 +10,7 @@ import structlog
 
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import HypervisorError
-from hypervisor.core.model import Observation
+from hypervisor.core.model import Observation, OperationRecord
 from hypervisor.core.states import NodeStatus
 from hypervisor.server import keys
 from hypervisor.server.agents import Agents, CallContext
@@ -29,7 +30,7 @@ from hypervisor.server.reconcile.decide import (
     decide,
 )
 from hypervisor.server.reconcile.history import HistoryKeeper
-from hypervisor.server.services import ClusterChange, Kind
+from hypervisor.server.services import ClusterChange, Kind, Versioned
 from hypervisor.server.store.storage import Compare, Election, Storage
 from hypervisor.server.view import StoreView
 
@@ -53,6 +54,7 @@ class ReconcilerSettings:
     retry_s: float = 1.0
     history_s: float = 3600.0
     history_interval_s: float = 60.0
+    purge_interval_s: float = 60.0
 
 
 class Reconciler:
@@ -80,6 +82,7 @@ class Reconciler:
         self._settings = settings or ReconcilerSettings()
         self._changed = asyncio.Event()
         self._leading = False
+        self._next_purge = clock.monotonic()
         view.add_listener(self._notice)
 
     @property
@@ -162,11 +165,18 @@ class Reconciler:
             nodes=nodes,
             nodes_alive={n.id for n in nodes if view.node_alive(n.id)},
             instances=[i.value for i in view.instances()],
-            operations=[o.value for o in view.operations()],
+            operations=[o.value for o in self._operations_to_look_at()],
             servers_alive={s.id for s in view.servers()},
             retention=timedelta(seconds=self._settings.retention_s),
             patience=timedelta(seconds=self._settings.patience_s),
         )
+
+    def _operations_to_look_at(self) -> Iterable[Versioned[OperationRecord]]:
+        """Those that have not ended; now and then all of them, to find what is older than is kept."""
+        if self._clock.monotonic() < self._next_purge:
+            return self._view.unfinished_operations()
+        self._next_purge = self._clock.monotonic() + self._settings.purge_interval_s
+        return self._view.operations()
 
     async def _act(self, action: Action, fence: Compare) -> None:
         try:
