@@ -1,7 +1,10 @@
 """`dev up` from the release tarball alone: a whole cluster with one command, and nothing of it after `dev down`."""
 
+import contextlib
+import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -9,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from hvtest_containerd import eventually
 from hvtest_programs import Result, free_port
 
 
@@ -58,6 +62,20 @@ class DevCluster:
                     found.append(line)
         return found
 
+    def kill_everything(self) -> None:
+        """kill -9 for all of them, shims included; the programs of containers do not name the directory."""
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and int(entry.name) != os.getpid():
+                with contextlib.suppress(OSError):
+                    if os.fsencode(self.directory) in (entry / "cmdline").read_bytes():
+                        os.kill(int(entry.name), signal.SIGKILL)
+
+    def cgroups(self) -> list[Path]:
+        """Control groups of the cluster's containers, of any hierarchy."""
+        root = Path("/sys/fs/cgroup")
+        namespace = f"hypervisor-dev-{hashlib.sha256(bytes(self.directory)).hexdigest()[:8]}"
+        return [path for path in (root / namespace, *root.glob(f"*/{namespace}")) if path.is_dir()]
+
     def mounts(self) -> list[str]:
         """Mounts below the cluster's directory."""
         return [
@@ -74,6 +92,7 @@ def dev(release: Path) -> Iterator[DevCluster]:
     shell.run("dev", "down", "--dir", str(shell.directory), "--purge")
     assert shell.processes() == []
     assert shell.mounts() == []
+    assert shell.cgroups() == []
     shutil.rmtree(shell.home, ignore_errors=True)
 
 
@@ -103,6 +122,24 @@ def test_a_cluster_with_real_containers_comes_up_and_goes_without_a_trace(dev: D
     assert dev.processes() == []
     assert dev.mounts() == []
     assert dev.run("dev", "status", "--dir", str(dev.directory)).code != 0
+
+
+def test_nothing_is_left_of_a_cluster_that_was_killed_with_its_shims(dev: DevCluster) -> None:
+    up = dev.up("--containerd", "private", "--hostname", "here")
+    assert up.code == 0, up
+    made = dev.run("dev", "image", "--dir", str(dev.directory), "--binary", "/bin/busybox")
+    created = dev.run("instance", "create", "web", "--image", made.out.split()[-1], "--", "sleep", "1000")
+    assert created.code == 0, created
+    dev.kill_everything()
+    eventually(lambda: dev.processes() == [], what="all programs of the cluster are dead")
+    assert dev.cgroups() != []
+
+    down = dev.run("dev", "down", "--dir", str(dev.directory))
+
+    assert down.code == 0, down
+    assert "could not be removed" not in down.err
+    assert dev.cgroups() == []
+    assert dev.mounts() == []
 
 
 def test_simulated_nodes_need_no_runtime(dev: DevCluster) -> None:

@@ -1,7 +1,7 @@
 """Removes what a development cluster can leave behind when it was not stopped in order: shims, mounts, cgroups.
 
 Only what is certainly its own is touched: processes whose command line names its socket, mounts below its directory,
-cgroups of its containerd namespace that those processes were in.
+the cgroups of its containerd namespace, whose name is made of that directory, and what runs in them.
 """
 
 import os
@@ -10,9 +10,16 @@ from pathlib import Path
 
 from hypervisor.ctl.dev.mounts import mounts_below
 from hypervisor.ctl.dev.plan import Plan
-from hypervisor.ctl.dev.processes import ProcessId, children_of, command_line, every_process, terminate
+from hypervisor.ctl.dev.processes import (
+    ProcessId,
+    children_of,
+    command_line,
+    every_process,
+    identify,
+    terminate,
+)
 
-__all__ = ["shims_of", "sweep"]
+__all__ = ["processes_in", "shims_of", "sweep"]
 
 _CGROUPS = Path("/sys/fs/cgroup")
 
@@ -27,21 +34,40 @@ def shims_of(socket: str) -> list[ProcessId]:
     return found
 
 
+def processes_in(top: Path) -> set[ProcessId]:
+    """What runs in a tree of cgroups; nothing where there is no such tree."""
+    found = set()
+    for directory, _, _ in os.walk(top):
+        try:
+            numbers = (Path(directory) / "cgroup.procs").read_text(encoding="ascii").split()
+        except OSError:
+            # Removed a moment ago.
+            continue
+        found |= {process for number in numbers if (process := identify(int(number))) is not None}
+    return found
+
+
 def sweep(plan: Plan) -> list[str]:
     """Remove the leftovers of a cluster that is stopped; returns what could not be removed, in words."""
     if plan.simulated:
         return []
     left = _stop_private_runtime(plan) if plan.private_containerd else []
-    # Of version 2, then one for each controller of version 1. The namespace is of this cluster alone.
-    for top in (_CGROUPS / plan.namespace, *_CGROUPS.glob(f"*/{plan.namespace}")):
+    for top in _cgroups_of(plan):
         left += _remove_cgroups(top)
     return left
 
 
+def _cgroups_of(plan: Plan) -> list[Path]:
+    """That of version 2, then one for each controller of version 1. The namespace is of this cluster alone."""
+    return [_CGROUPS / plan.namespace, *_CGROUPS.glob(f"*/{plan.namespace}")]
+
+
 def _stop_private_runtime(plan: Plan) -> list[str]:
-    """End the shims with what they run, then undo the mounts."""
+    """End the shims with what they run, and what a shim that was killed has left running; then undo the mounts."""
     shims = shims_of(plan.containerd)
-    guests = [child for shim in shims for child in children_of(shim)]
+    guests = {child for shim in shims for child in children_of(shim)}
+    for top in _cgroups_of(plan):
+        guests |= processes_in(top)
     left = [f"process {process.pid}" for process in terminate([*guests, *shims], grace_s=0)]
     for point in mounts_below(plan.root):
         done = subprocess.run(
