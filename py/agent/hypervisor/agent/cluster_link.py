@@ -19,8 +19,9 @@ from hypervisor.core.model import DriverInfo, InstanceStats, NodeResources, Obse
 from hypervisor.core.states import NodeRole
 from hypervisor.v1 import cluster_pb2, cluster_pb2_grpc, node_pb2
 from hypervisor.wire.enums import NODE_ROLE
-from hypervisor.wire.instances import observation_to_wire, stats_to_wire
+from hypervisor.wire.instances import observation_to_wire
 from hypervisor.wire.nodes import driver_to_wire, resources_to_wire
+from hypervisor.wire.stats import stats_to_wire
 from hypervisor.wire.times import seconds_of, timestamp_of
 
 __all__ = ["ClusterLink", "GrpcClusterLink", "HeartbeatTimes", "NodeDescription"]

@@ -15,7 +15,8 @@ from hypervisor.core.model import ConsoleSize, Instance, InstanceStats, Node, Ob
 from hypervisor.server.agents import CallContext
 from hypervisor.server.agents_console import AgentConsole, open_console
 from hypervisor.wire.enums import INSTANCE_TYPE
-from hypervisor.wire.instances import observation_from_wire, spec_to_wire, stats_from_wire
+from hypervisor.wire.instances import observation_from_wire, spec_to_wire
+from hypervisor.wire.stats import stats_from_wire
 from hypervisor.wire.times import duration_of
 
 if TYPE_CHECKING:

@@ -21,9 +21,10 @@ from hypervisor.core.ids import is_id
 from hypervisor.core.model import Observation
 from hypervisor.v1 import instance_pb2
 from hypervisor.wire.enums import INSTANCE_TYPE
-from hypervisor.wire.instances import observation_to_wire, spec_from_wire, stats_to_wire
+from hypervisor.wire.instances import observation_to_wire, spec_from_wire
 from hypervisor.wire.nodes import driver_to_wire, resources_to_wire
 from hypervisor.wire.rpc import Call, Handler
+from hypervisor.wire.stats import stats_to_wire
 from hypervisor.wire.times import seconds_of
 
 __all__ = ["AgentService"]

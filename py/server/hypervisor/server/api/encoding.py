@@ -15,9 +15,10 @@ from hypervisor.core.clock import Clock
 from hypervisor.core.model import Instance, InstanceStats, Node, OperationRecord
 from hypervisor.server.services import ClusterView, Instances, Kind, Nodes, Versioned
 from hypervisor.v1 import cluster_pb2, compute_pb2, instance_pb2, node_pb2, operation_pb2
-from hypervisor.wire.instances import instance_to_wire, stats_to_wire
+from hypervisor.wire.instances import instance_to_wire
 from hypervisor.wire.nodes import node_to_wire
 from hypervisor.wire.operations import operation_to_wire
+from hypervisor.wire.stats import stats_to_wire
 from hypervisor.wire.times import timestamp_of
 
 __all__ = ["Encoder", "InstanceBytes", "encoded_event", "encoded_list"]

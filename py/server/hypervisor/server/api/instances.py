@@ -21,7 +21,7 @@ from hypervisor.server.api.rpc import Call, Handler
 from hypervisor.server.api.violations import Violations
 from hypervisor.server.services import ClusterView, InstanceRef, Instances, Mutation, Versioned
 from hypervisor.v1 import compute_pb2, instance_pb2, operation_pb2
-from hypervisor.wire.instances import stats_to_wire
+from hypervisor.wire.stats import stats_to_wire
 
 __all__ = ["InstanceHandlers"]
 

@@ -12,8 +12,9 @@ from hypervisor.server.api.violations import Violations
 from hypervisor.server.services import NodeRegistration
 from hypervisor.v1 import cluster_pb2, instance_pb2, node_pb2
 from hypervisor.wire.enums import NODE_ROLE
-from hypervisor.wire.instances import observation_from_wire, stats_from_wire
+from hypervisor.wire.instances import observation_from_wire
 from hypervisor.wire.nodes import driver_from_wire, resources_from_wire
+from hypervisor.wire.stats import stats_from_wire
 
 __all__ = ["checked_resources", "drivers_of", "observations_of", "registration_of", "samples_of"]
 
