@@ -29,6 +29,6 @@ if os.environ.get("HYPERVISOR_EXT_PURE") == "1":
     implementation = "python"
 else:
     from hypervisor.ext.stats_sampler._parser_c import read_counters
-    from hypervisor.ext.stats_sampler._sampler_py import MAX_FILE_BYTES, Sampler
+    from hypervisor.ext.stats_sampler._sampler_c import MAX_FILE_BYTES, Sampler
 
     implementation = "native"

@@ -30,7 +30,7 @@ class Sampler:
         self, *, history: int = 128, slow_period_ns: int = 5_000_000_000, min_rate_span_ns: int = 50_000_000
     ) -> None:
         """
-        ``history``: records kept of each slot, at least 1.
+        ``history``: records kept of each slot, 1 to 2^20.
         ``slow_period_ns``: how often the slow files are read (memory.stat and memory limit, memory.events, pressure;
         see ``Record``); records between have the values read last. 0: with every sample. All are read with a slot's
         first sample; then the slots spread over the period.

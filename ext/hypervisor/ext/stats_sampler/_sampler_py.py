@@ -22,7 +22,7 @@ from hypervisor.ext.stats_sampler._files import (
 )
 from hypervisor.ext.stats_sampler._record import COUNTERS, FIELD_INDEX, FIELDS, RATES, UNLIMITED, Record
 
-__all__ = ["MAX_FILE_BYTES", "NO_LIMIT", "STAGGER", "WHOLE_BYTES", "Sampler", "read_file"]
+__all__ = ["HISTORY_MAX", "MAX_FILE_BYTES", "NO_LIMIT", "STAGGER", "WHOLE_BYTES", "Sampler", "read_file"]
 
 MAX_FILE_BYTES = 65_536
 """Longest file that is parsed; the fields of a longer one are unknown."""
@@ -30,6 +30,9 @@ MAX_FILE_BYTES = 65_536
 WHOLE_BYTES = 3_072
 """A read that gave fewer bytes, the last of them a line end, gave the whole file: the kernel hands out less than
 almost a page only where the file ends. Saves the second read that would say so."""
+
+HISTORY_MAX = 1 << 20
+"""Longest ring."""
 
 NO_LIMIT = UNLIMITED - (1 << 16)
 """A memory limit from here on is none: v2 says ``max``, v1 the largest multiple of the page size."""
@@ -99,8 +102,10 @@ class Sampler:
     def __init__(
         self, *, history: int = 128, slow_period_ns: int = 5_000_000_000, min_rate_span_ns: int = 50_000_000
     ) -> None:
-        if history < 1 or slow_period_ns < 0 or min_rate_span_ns < 1:
-            raise ValueError("history and min_rate_span_ns are at least 1, slow_period_ns is at least 0")
+        if not 1 <= history <= HISTORY_MAX:
+            raise ValueError(f"history is from 1 to {HISTORY_MAX}")
+        if not 0 <= slow_period_ns <= UNLIMITED or not 1 <= min_rate_span_ns <= UNLIMITED:
+            raise ValueError("slow_period_ns is from 0, min_rate_span_ns from 1 to 2^63 - 1")
         self._history = history
         self._slow_period_ns = slow_period_ns
         self._min_span = min_rate_span_ns
