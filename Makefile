@@ -42,9 +42,9 @@ format: ## rewrite Python, BUILD and .bzl files in the style that `make lint` as
 	bazel run //tools/lint:buildifier_run -- -r .
 
 .PHONY: bench
-bench: setup ## run the benchmarks of bench/ on the release build
+bench: setup ## run the benchmarks of bench/ on the release build; ONLY=scoring: those whose name begins so
 	bazel build //packaging:release
-	HYPERVISOR_RELEASE="$(RELEASE)" bench/run
+	HYPERVISOR_RELEASE="$(RELEASE)" bench/run $(ONLY)
 
 .PHONY: dev
 dev: ## .venv with the locked packages and generated stubs, for editors, mypy, pyright and pytest without Bazel

@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from measure import Claim, claim, interleave, publish, unmeasured
+from measure import Claim, Reference, claim, interleave, publish, unmeasured
 
 from hvtest_programs import ProgramCluster
 
@@ -134,7 +134,18 @@ def measure(cluster: ProgramCluster) -> list[Claim]:
     ) -> None:
         name, reference, better, goal = CLAIMS[index]
         a, b = interleave(ours, theirs, pairs=pairs)
-        results.append(claim(name, a, b, unit=unit, reference_name=reference, better=better, goal=goal))
+        results.append(
+            claim(
+                name,
+                a,
+                b,
+                unit=unit,
+                reference_name=reference,
+                better=better,
+                goal=goal,
+                against=Reference.PEER,
+            )
+        )
 
     compare(0, making(create, delete), making(launch, remove), pairs=PAIRS, unit="s")
     compare(1, dropping(create, delete), dropping(launch, remove), pairs=PAIRS, unit="s")

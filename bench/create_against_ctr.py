@@ -12,7 +12,7 @@ import uuid
 from pathlib import Path
 
 import grpc
-from measure import claim, interleave, publish
+from measure import Reference, claim, interleave, publish
 
 from hvtest_programs import ProgramCluster
 from hypervisor.v1 import compute_pb2, compute_pb2_grpc, instance_pb2
@@ -85,6 +85,7 @@ def main() -> None:
                     reference_name="ctr run -d",
                     better="less",
                     goal=1.3,
+                    against=Reference.PEER,
                 )
             )
         publish(claims)

@@ -41,7 +41,7 @@ import grpc.aio
 import uvloop
 from etcdserverpb import rpc_pb2 as pb
 from etcdserverpb import rpc_pb2_grpc
-from measure import Claim, claim, interleave, publish, unmeasured
+from measure import Claim, Reference, claim, interleave, publish, unmeasured
 from measure_etcd import RunningEtcd, running_etcd
 
 from hvtest_control_plane import add_node, registration
@@ -504,6 +504,7 @@ def etcd_claims(runner: asyncio.Runner, directory: Path) -> list[Claim]:
                 better="more",
                 goal=0.6,
                 why="etcd is not installed",
+                against=Reference.LIMIT,
             )
         ]
     with running_etcd(binary, directory) as etcd:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved pairs, the ratio of each pair, one table and one machine-readable line.
+"""What the benchmarks share: interleaved pairs, the ratio of each pair, one line for people and one for bench/run.
 
 A claim is a ratio of ours to a reference measured in the same run, pair by pair, so that a change of the machine's
 speed hits both. Figures are kept as they were measured; nothing is dropped as an outlier.
@@ -8,17 +8,28 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 
-__all__ = ["Claim", "claim", "interleave", "publish", "unmeasured"]
+__all__ = ["Claim", "Reference", "claim", "interleave", "publish", "unmeasured"]
 
 MARK = "BENCH "
 """Begins the line that bench/run collects."""
 
 
+class Reference(StrEnum):
+    """What a figure of ours is held against."""
+
+    LIMIT = "limit"
+    """The bare minimum of the same work: a loop in C, a client without a server around it, a fixed budget."""
+    PEER = "peer"
+    """Another program that people use for the same."""
+
+
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """One measured ratio. ``better`` is ``less`` or ``more``; ``goal`` is the ratio aimed at."""
+    """One measured ratio. ``better`` is ``less`` or ``more``; ``goal`` is the ratio aimed at. ``ratios`` has one
+    figure a pair of runs; ``low`` and ``high`` are their range."""
 
     name: str
     ratio: float | None
@@ -31,6 +42,8 @@ class Claim:
     better: str
     goal: float
     note: str = ""
+    against: Reference = Reference.LIMIT
+    ratios: tuple[float, ...] = field(default=())
 
     @property
     def met(self) -> bool | None:
@@ -68,6 +81,7 @@ def claim(
     better: str,
     goal: float,
     note: str = "",
+    against: Reference = Reference.LIMIT,
 ) -> Claim:
     """The claim that pairs of figures support: the median of the pairs' ratios, and their range."""
     ratios = [a / b for a, b in zip(mine, theirs, strict=True)]
@@ -83,12 +97,22 @@ def claim(
         better=better,
         goal=goal,
         note=note,
+        against=against,
+        ratios=tuple(ratios),
     )
 
 
-def unmeasured(name: str, *, reference_name: str, better: str, goal: float, why: str) -> Claim:
+def unmeasured(
+    name: str,
+    *,
+    reference_name: str,
+    better: str,
+    goal: float,
+    why: str,
+    against: Reference = Reference.PEER,
+) -> Claim:
     """A claim whose reference is not here; said instead of left out."""
-    return Claim(name, None, None, None, None, None, "", reference_name, better, goal, why)
+    return Claim(name, None, None, None, None, None, "", reference_name, better, goal, why, against)
 
 
 def publish(claims: Sequence[Claim]) -> None:

@@ -25,7 +25,7 @@ import structlog
 import uvloop
 from etcdserverpb import rpc_pb2 as pb
 from etcdserverpb import rpc_pb2_grpc
-from measure import Claim, claim, interleave, publish, unmeasured
+from measure import Claim, Reference, claim, interleave, publish, unmeasured
 from measure_etcd import running_etcd
 
 from hypervisor.core.clock import SystemClock
@@ -174,6 +174,7 @@ def etcd_claims(runner: asyncio.Runner, directory: Path) -> list[Claim]:
                 better="more",
                 goal=case[-1],
                 why="etcd is not installed",
+                against=Reference.LIMIT,
             )
             for case in cases
         ]

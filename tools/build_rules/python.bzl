@@ -232,18 +232,19 @@ def py_test(name, srcs, deps = [], imports = [], **kwargs):
         **kwargs
     )
 
-def py_tests(srcs, shared = [], shard_counts = {}, **kwargs):
+def py_tests(srcs, shared = [], shard_counts = {}, suffix = "", **kwargs):
     """One py_test per test module, named after it: failures, results in the cache and reruns are per file.
 
     Args:
       srcs: test modules, as of glob(["**/test_*.py"]).
       shared: files that go with each of them, such as conftest.py.
       shard_counts: test module -> number of shards, for those with many slow tests.
+      suffix: of the targets' names, where the same modules are run in another way too.
       **kwargs: as of py_test.
     """
     for src in srcs:
         py_test(
-            name = src[:-len(".py")],
+            name = src[:-len(".py")] + suffix,
             srcs = [src] + shared,
             shard_count = shard_counts.get(src),
             **kwargs
