@@ -22,13 +22,14 @@ __all__ = [
     "read_counters",
 ]
 
-if os.environ.get("HYPERVISOR_EXT_PURE") == "1":
-    from hypervisor.ext.stats_sampler._parser_py import read_counters
-    from hypervisor.ext.stats_sampler._sampler_py import MAX_FILE_BYTES, Sampler
-
-    implementation = "python"
-else:
+if os.environ.get("HYPERVISOR_EXT_PURE") != "1":
     from hypervisor.ext.stats_sampler._parser_c import read_counters
     from hypervisor.ext.stats_sampler._sampler_c import MAX_FILE_BYTES, Sampler
 
     implementation = "native"
+else:
+    from hypervisor.ext.stats_sampler._parser_py import read_counters
+    from hypervisor.ext.stats_sampler._sampler_py import MAX_FILE_BYTES
+    from hypervisor.ext.stats_sampler._sampler_py import Sampler as Sampler  # type: ignore[assignment]
+
+    implementation = "python"

@@ -108,10 +108,12 @@ _V2: Final = {
         (
             _key(b"anon", "memory_anon_bytes"),
             _key(b"file", "memory_file_bytes"),
+            _key(b"pgmajfault", "major_faults"),
             Key(b"inactive_file", INACTIVE_FILE, 1),
         ),
         slow=True,
     ),
+    "memory.swap.current": _number("memory_swap_bytes", slow=True),
     "memory.events": _OOM_KILLS,
     "io.stat": FileKind(
         Format.KEYED_FROM_ZERO,
@@ -142,6 +144,8 @@ _V1: Final = {
         (
             _key(b"total_rss", "memory_anon_bytes"),
             _key(b"total_cache", "memory_file_bytes"),
+            _key(b"total_swap", "memory_swap_bytes"),
+            _key(b"total_pgmajfault", "major_faults"),
             Key(b"total_inactive_file", INACTIVE_FILE, 1),
         ),
         slow=True,

@@ -11,7 +11,7 @@ cdef enum:
     PRESSURE = 3
     NET_DEV = 4
 
-    MAX_KEYS = 4
+    MAX_KEYS = 8
     MAX_NAME = 24
 
 cdef struct Key:

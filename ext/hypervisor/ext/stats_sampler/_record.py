@@ -42,6 +42,10 @@ class Record(NamedTuple):
     """Memory that no file backs. v2 memory.stat anon, v1 total_rss. Slow."""
     memory_file_bytes: int | None
     """Page cache. v2 memory.stat file, v1 total_cache. Slow."""
+    memory_swap_bytes: int | None
+    """Memory that was put out to swap. v2 memory.swap.current, v1 memory.stat total_swap. Slow."""
+    major_faults: int | None
+    """Faults that had to be read from a device. v2 memory.stat pgmajfault, v1 total_pgmajfault. Slow."""
     oom_kills: int | None
     """Processes killed for lack of memory. v2 memory.events oom_kill, v1 memory.oom_control oom_kill. Slow."""
     pids: int | None

@@ -1,6 +1,6 @@
 """The native sampler; ``_sampler_py`` specifies it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Self, final
 
@@ -86,6 +86,14 @@ class Sampler:
     def sample_all(self, now_monotonic_ns: int, now_wall_ns: int) -> int:
         """:meth:`sample` of every slot; returns how many records were stored. Raises ValueError as there."""
 
+    def sample_some(
+        self, slots: Iterable[int], now_monotonic_ns: int, now_wall_ns: int, *, everything: bool = False
+    ) -> int:
+        """:meth:`sample` of these slots, in one go; returns how many records were stored.
+
+        Slots that there are not are passed over. Raises ValueError as there.
+        """
+
     def store(self, slot: int, now_monotonic_ns: int, now_wall_ns: int, values: Mapping[str, int]) -> None:
         """Put a record into a slot's ring whose figures come from elsewhere (libvirt); rates are worked out as ever.
 
@@ -109,4 +117,10 @@ class Sampler:
         """Of every slot's newest record these fields, in one go: rows of (slot, field, ...) in the order of the slots.
 
         Slots without a record are left out. ``fields`` are names of :class:`Record`; another one raises ValueError.
+        """
+
+    def totals(self, fields: Sequence[str]) -> tuple[int | float | None, ...]:
+        """Sums of these fields over the newest records of all slots but those that are gone; None where none knows it.
+
+        Sums of whole numbers stop at 2^63-1. ``fields`` are names of ``FIELDS``; another one raises ValueError.
         """

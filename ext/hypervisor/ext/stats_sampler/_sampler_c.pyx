@@ -13,13 +13,14 @@ from cpython.long cimport PyLong_FromLongLong, PyLong_FromUnsignedLongLong
 from cpython.ref cimport Py_INCREF
 from cpython.tuple cimport PyTuple_New, PyTuple_SET_ITEM
 from libc.stdint cimport int64_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memset
 
 from hypervisor.ext.stats_sampler._parsers cimport MAX_KEYS, MAX_NAME, parse_file
 from hypervisor.ext.stats_sampler._sampling cimport (
     COUNTER_COUNT, FIELD_COUNT, FILE_BYTES, FILE_MAX, HEADER_COUNT, HISTORY_MAX, KIND_MAX, RATE_COUNT, VALUE_COUNT,
-    Instance, Settings, Stored, Tables, finish, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
-    pthread_mutex_t, pthread_mutex_unlock, reset, sample_one,
+    Field, Instance, Settings, Stored, Tables, add_field, finish, new_instance, pthread_mutex_destroy, pthread_mutex_init,
+    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, release, reset, sample_one,
 )
 
 from hypervisor.ext.stats_sampler._files import DERIVED, INACTIVE_FILE, KINDS, VALUES, open_files
@@ -89,29 +90,6 @@ cdef inline object field_of(const Stored* record, int index):
     if index < COUNTER_COUNT:
         return PyLong_FromLongLong(record.fields[index].whole)
     return PyFloat_FromDouble(record.fields[index].real)
-
-
-cdef Instance* new_instance(int64_t history) except NULL:
-    """An instance without files that nobody else has; :func:`release` lets go of it."""
-    cdef Instance* one = <Instance*> calloc(1, sizeof(Instance))
-    if one == NULL:
-        raise MemoryError
-    one.ring = <Stored*> calloc(history, sizeof(Stored))
-    if one.ring == NULL:
-        free(one)
-        raise MemoryError
-    pthread_mutex_init(&one.lock, NULL)
-    reset(one)
-    return one
-
-
-cdef void release(Instance* one) noexcept nogil:
-    """Close and free an instance that nobody else has; NULL is allowed."""
-    if one != NULL:
-        reset(one)
-        pthread_mutex_destroy(&one.lock)
-        free(one.ring)
-        free(one)
 
 
 cdef int take_files(Instance* one, object sources) except -1:
@@ -227,6 +205,8 @@ cdef class Sampler:
     def add(self, sources=None):
         cdef Instance* one = new_instance(self.settings.history)
         cdef int64_t serial
+        if one == NULL:
+            raise MemoryError
         try:
             take_files(one, sources)
             # Only now: opening lets other threads run.
@@ -244,6 +224,8 @@ cdef class Sampler:
         cdef Instance* one
         # Holds the new files until they are the slot's, so that nothing is lost when opening fails.
         cdef Instance* holder = new_instance(1)
+        if holder == NULL:
+            raise MemoryError
         try:
             if slot not in self.places:
                 raise KeyError(slot)
@@ -338,6 +320,28 @@ cdef class Sampler:
                     pthread_mutex_unlock(&one.lock)
         return count
 
+    def sample_some(self, slots, now_monotonic_ns, now_wall_ns, *, bint everything=False):
+        cdef char buffer[FILE_BYTES + 1]
+        cdef int64_t at = checked_time(now_monotonic_ns), wall = checked_time(now_wall_ns)
+        cdef list found = [(slot, self.places[slot]) for slot in slots if slot in self.places]
+        cdef Py_ssize_t length = len(found), i, count = 0
+        cdef int64_t* serials = <int64_t*> malloc((2 * length + 1) * sizeof(int64_t))
+        cdef Instance* one
+        if serials == NULL:
+            raise MemoryError
+        try:
+            for i in range(length):
+                serials[2 * i], serials[2 * i + 1] = found[i]
+            with nogil:
+                for i in range(length):
+                    one = self.lock_slot(serials[2 * i + 1], serials[2 * i])
+                    if one != NULL:
+                        count += sample_one(&self.settings, one, at, wall, everything, buffer)
+                        pthread_mutex_unlock(&one.lock)
+            return count
+        finally:
+            free(serials)
+
     def store(self, slot, now_monotonic_ns, now_wall_ns, values):
         cdef int64_t at = checked_time(now_monotonic_ns), wall = checked_time(now_wall_ns)
         cdef int64_t given[VALUE_COUNT]
@@ -427,3 +431,37 @@ cdef class Sampler:
                 rows.append((serial, *[field_of(&record, index) for index in indexes]))
         rows.sort()
         return rows
+
+    def totals(self, fields):
+        cdef int indexes[FIELD_COUNT]
+        cdef Field sums[FIELD_COUNT]
+        cdef uint64_t known = 0
+        cdef Instance* one
+        cdef Stored* record
+        cdef Py_ssize_t place
+        cdef int width = 0, i
+        cdef list names = list(dict.fromkeys(fields))
+        for name in names:
+            if name not in FIELD_INDEX:
+                raise ValueError(f"there is no field {name} to add up")
+            indexes[width] = FIELD_INDEX[name]
+            width += 1
+        memset(sums, 0, sizeof(sums))
+        for place in range(self.used):
+            one = self.lock_at(place)
+            if one == NULL:
+                continue
+            if not one.gone and one.sequence > 0:
+                record = &one.ring[(one.sequence - 1) % self.settings.history]
+                for i in range(width):
+                    add_field(record, indexes[i], &sums[i], &known)
+            pthread_mutex_unlock(&one.lock)
+        found = {}
+        for i, name in enumerate(names):
+            if not known >> indexes[i] & 1:
+                found[name] = None
+            elif indexes[i] < COUNTER_COUNT:
+                found[name] = sums[i].whole
+            else:
+                found[name] = sums[i].real
+        return tuple([found[name] for name in fields])

@@ -6,7 +6,7 @@ An instance is in a slot. A sample reads the files of one, works out rates, and 
 import errno
 import os
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -114,9 +114,11 @@ class Sampler:
         self._closed = False
 
     def add(self, sources: Sources | None = None) -> int:
-        if self._closed:
-            raise ValueError("the sampler is closed")
         files = [] if sources is None else open_files(sources)
+        if self._closed:
+            for _, fd in files:
+                os.close(fd)
+            raise ValueError("the sampler is closed")
         self._serial += 1
         instance = _Instance(self._serial, self._history)
         instance.reset(files)
@@ -166,6 +168,16 @@ class Sampler:
             for slot in self.slots()
         )
 
+    def sample_some(
+        self, slots: Iterable[int], now_monotonic_ns: int, now_wall_ns: int, *, everything: bool = False
+    ) -> int:
+        _check_times(now_monotonic_ns, now_wall_ns)
+        return sum(
+            self._sample(self._instances[slot], now_monotonic_ns, now_wall_ns, everything=everything)
+            for slot in slots
+            if slot in self._instances
+        )
+
     def store(self, slot: int, now_monotonic_ns: int, now_wall_ns: int, values: Mapping[str, int]) -> None:
         _check_times(now_monotonic_ns, now_wall_ns)
         instance = self._instances[slot]
@@ -205,6 +217,21 @@ class Sampler:
             if record is not None:
                 rows.append((slot, *(getattr(record, name) for name in fields)))
         return rows
+
+    def totals(self, fields: Sequence[str]) -> tuple[int | float | None, ...]:
+        for name in fields:
+            if name not in FIELDS:
+                raise ValueError(f"there is no field {name} to add up")
+        sums: list[int | float | None] = [None] * len(fields)
+        for instance in self._instances.values():
+            if instance.gone or not instance.ring:
+                continue
+            for position, name in enumerate(fields):
+                value: int | float | None = getattr(instance.ring[-1], name)
+                if value is not None:
+                    total = (sums[position] or 0) + value
+                    sums[position] = total if isinstance(total, float) else min(UNLIMITED, total)
+        return tuple(sums)
 
     def _sample(self, instance: _Instance, at: int, wall: int, *, everything: bool) -> bool:
         if not instance.files:

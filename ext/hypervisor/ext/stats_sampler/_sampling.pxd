@@ -3,6 +3,7 @@
 cimport cython
 from libc.errno cimport EINTR, ENODEV, errno
 from libc.stdint cimport INT64_MAX, int64_t, uint64_t
+from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 from posix.unistd cimport close, pread
 
@@ -24,12 +25,12 @@ cdef enum:
     LIMIT_SLACK = 1 << 16
 
     HEADER_COUNT = 4
-    COUNTER_COUNT = 24
+    COUNTER_COUNT = 26
     RATE_COUNT = 13
-    FIELD_COUNT = 37
-    VALUE_COUNT = 25
+    FIELD_COUNT = 39
+    VALUE_COUNT = 27
     KIND_MAX = 32
-    FILE_MAX = 24
+    FILE_MAX = 32
 
 cdef union Field:
     int64_t whole
@@ -161,6 +162,42 @@ cdef inline void reset(Instance* one) noexcept nogil:
     for i in range(VALUE_COUNT):
         one.values[i] = -1
     memset(one.rates, 0, sizeof(one.rates))
+
+
+cdef inline Instance* new_instance(int64_t history) noexcept nogil:
+    """An instance without files that nobody else has, for :func:`release` to let go of; NULL without memory."""
+    cdef Instance* one = <Instance*> calloc(1, sizeof(Instance))
+    if one == NULL:
+        return NULL
+    one.ring = <Stored*> calloc(history, sizeof(Stored))
+    if one.ring == NULL:
+        free(one)
+        return NULL
+    pthread_mutex_init(&one.lock, NULL)
+    reset(one)
+    return one
+
+
+cdef inline void release(Instance* one) noexcept nogil:
+    """Close and free an instance that nobody else has."""
+    if one != NULL:
+        reset(one)
+        pthread_mutex_destroy(&one.lock)
+        free(one.ring)
+        free(one)
+
+
+cdef inline void add_field(const Stored* record, int index, Field* total, uint64_t* known) noexcept nogil:
+    """Add one of a record's fields to its total, where it is known."""
+    if not record.known >> index & 1:
+        return
+    known[0] |= (<uint64_t> 1) << index
+    if index >= COUNTER_COUNT:
+        total.real += record.fields[index].real
+    elif record.fields[index].whole > INT64_MAX - total.whole:
+        total.whole = INT64_MAX
+    else:
+        total.whole += record.fields[index].whole
 
 
 @cython.cdivision(True)  # of numbers that are not negative, by ones that are at least 1
