@@ -22,7 +22,16 @@ from hypervisor.ext.stats_sampler._files import (
 )
 from hypervisor.ext.stats_sampler._record import COUNTERS, FIELD_INDEX, FIELDS, RATES, UNLIMITED, Record
 
-__all__ = ["HISTORY_MAX", "MAX_FILE_BYTES", "NO_LIMIT", "STAGGER", "WHOLE_BYTES", "Sampler", "read_file"]
+__all__ = [
+    "HISTORY_MAX",
+    "MAX_FILE_BYTES",
+    "NO_LIMIT",
+    "STAGGER",
+    "WHOLE_BYTES",
+    "Sampler",
+    "parse",
+    "read_file",
+]
 
 MAX_FILE_BYTES = 65_536
 """Longest file that is parsed; the fields of a longer one are unknown."""
@@ -57,6 +66,22 @@ def read_file(fd: int) -> bytes | None:
         if not part or (len(data) < WHOLE_BYTES and data.endswith(b"\n")):
             return data
     return None
+
+
+def parse(kind: int, data: bytes) -> tuple[int | None, ...]:
+    """The values that the text of a file of a kind (an index in ``KINDS``) gives, in the order of its keys."""
+    names = [key.name for key in KINDS[kind].keys]
+    match KINDS[kind].format:
+        case Format.NUMBER:
+            return (parsers.parse_number(data),)
+        case Format.KEYED:
+            return parsers.parse_keyed(data, names)
+        case Format.KEYED_FROM_ZERO:
+            return tuple(value or 0 for value in parsers.parse_keyed(data, names))
+        case Format.PRESSURE:
+            return parsers.parse_pressure(data, names)
+        case Format.NET_DEV:
+            return parsers.parse_net_dev(data)
 
 
 class _Rate:
@@ -241,15 +266,17 @@ class Sampler:
         for kind, fd in instance.files:
             if KINDS[kind].slow and not slow:
                 continue
+            values: tuple[int | None, ...] = (None,) * len(KINDS[kind].keys)
             try:
-                values = _read(kind, fd)
+                data = read_file(fd)
+                if data is not None:
+                    values = parse(kind, data)
             except OSError as error:
                 if error.errno == errno.ENODEV and KINDS[kind].vital:
                     # Files of a control group that is gone can never be read again.
                     instance.reset([])
                     instance.gone = True
                     return False
-                values = (None,) * len(KINDS[kind].keys)
             for key, value in zip(KINDS[kind].keys, values, strict=True):
                 instance.values[key.value] = None if value is None else min(UNLIMITED, value * key.scale)
                 fresh.add(key.value)
@@ -286,22 +313,3 @@ class Sampler:
 def _check_times(monotonic_ns: int, wall_ns: int) -> None:
     if not 0 <= monotonic_ns <= UNLIMITED or not 0 <= wall_ns <= UNLIMITED:
         raise ValueError("times are nanoseconds from 0 to 2^63 - 1")
-
-
-def _read(kind: int, fd: int) -> tuple[int | None, ...]:
-    data = read_file(fd)
-    keys = KINDS[kind].keys
-    if data is None:
-        return (None,) * len(keys)
-    names = [key.name for key in keys]
-    match KINDS[kind].format:
-        case Format.NUMBER:
-            return (parsers.parse_number(data),)
-        case Format.KEYED:
-            return parsers.parse_keyed(data, names)
-        case Format.KEYED_FROM_ZERO:
-            return tuple(value or 0 for value in parsers.parse_keyed(data, names))
-        case Format.PRESSURE:
-            return parsers.parse_pressure(data, names)
-        case Format.NET_DEV:
-            return parsers.parse_net_dev(data)
