@@ -10,6 +10,7 @@ import pytest
 from hvtest_containerd import PrivateContainerd, missing_programs
 from hvtest_containers import BUSYBOX, ContainerdBench, assignment, started, until
 from hvtest_driver_contract import DriverContract
+from hvtest_driver_stats import sampled
 from hvtest_driver_watching import events_of, read_until, the_end
 from hvtest_hostile_archives import HOSTILE_ARCHIVES, docker_archive
 from hypervisor.agent.drivers.containerd import ContainerdDriver
@@ -103,17 +104,17 @@ class TestLifecycle:
 
     async def test_stats_rise_under_load(self, bench: ContainerdBench, driver: ContainerdDriver) -> None:
         made = await started(driver, bench.spec("while :; do :; done", memory_mb=32))
-        before = await driver.stats(made.instance_id)
+        before = await sampled(driver, made.instance_id)
         assert before.cpu_usage_ns is not None
         start = before.cpu_usage_ns
 
         async def half_a_second_used() -> bool:
-            usage = (await driver.stats(made.instance_id)).cpu_usage_ns
+            usage = (await sampled(driver, made.instance_id)).cpu_usage_ns
             return usage is not None and usage - start > 500_000_000
 
         await until(half_a_second_used, what="the load shows in cpu_usage_ns")
         await asyncio.sleep(1.0)  # rates are means over a second or more
-        after = await driver.stats(made.instance_id)
+        after = await sampled(driver, made.instance_id)
 
         assert after.cpu_used_cores is not None
         assert 0.05 < after.cpu_used_cores <= 1.3
@@ -134,7 +135,7 @@ class TestLifecycle:
         await console.write(b"for i in $(seq 40); do sleep 100 & done\n")
         # The shell says so when it cannot fork any more.
         await read_until(console, b"can't fork")
-        assert (await driver.stats(made.instance_id)).memory_limit_bytes == 48 * MIB
+        assert (await sampled(driver, made.instance_id)).memory_limit_bytes == 48 * MIB
         await console.close()
         assert swap_limits_v2(bench.containerd) <= {"0\n"}
 

@@ -77,6 +77,8 @@ def start_agent(tmp_path: Path, server: ClusterDouble) -> StartAgent:
                     "console_scrollback": "64KiB",
                 },
                 "drivers": {"health_interval": "100ms"},
+                "stats": {"interval": "100ms", "slow_interval": "1s"},
+                "metrics": {"address": "127.0.0.1:0"},
             }
         )
         clock, stop = SystemClock(), asyncio.Event()

@@ -134,6 +134,8 @@ class InstanceStats(msgspec.Struct, frozen=True, kw_only=True):
     memory_limit_bytes: int | None = None
     memory_anon_bytes: int | None = None
     memory_file_bytes: int | None = None
+    memory_swap_bytes: int | None = None
+    major_faults: int | None = None
     oom_kills: int | None = None
     pids: int | None = None
     block_read_bytes: int | None = None

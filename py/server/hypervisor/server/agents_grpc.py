@@ -91,10 +91,10 @@ class GrpcAgent:
         return stats_from_wire(await self._call(self._stub.GetInstanceStats, request, context))
 
     async def watch_stats(
-        self, instance_id: str, context: CallContext, *, interval_s: float
+        self, instance_id: str, context: CallContext, *, interval_s: float, history_s: float
     ) -> AsyncGenerator[InstanceStats, None]:
         request = agent_pb2.WatchInstanceStatsRequest(
-            instance_id=instance_id, interval=duration_of(interval_s)
+            instance_id=instance_id, interval=duration_of(interval_s), history=duration_of(history_s)
         )
         call = self._stub.WatchInstanceStats(request, metadata=_metadata(context))
         try:

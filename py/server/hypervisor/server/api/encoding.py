@@ -112,12 +112,13 @@ class Encoder:
     def node(self, found: Versioned[Node]) -> node_pb2.Node:
         """A Node with its reservation and the newest use this server knows."""
         usage = self._nodes.usage(found.value.id)
-        heard_at = None if usage is None else self._clock.now() - timedelta(seconds=usage[1])
+        heard_at = None if usage is None else self._clock.now() - timedelta(seconds=usage.age_s)
         return node_to_wire(
             found.value,
             resource_version=found.revision,
             allocation=self._view.allocation(found.value.id),
-            usage=None if usage is None else usage[0],
+            resources=None if usage is None else usage.resources,
+            usage=None if usage is None else usage.instances,
             last_heartbeat_at=heard_at,
         )
 
