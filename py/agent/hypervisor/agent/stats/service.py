@@ -17,6 +17,7 @@ from datetime import UTC, datetime, timedelta
 
 import structlog
 
+from hypervisor.agent.stats.finding import Finder
 from hypervisor.agent.stats.followed import Followed
 from hypervisor.agent.stats.records import USAGE_FIELDS, stats_of, thinned, usage_of
 from hypervisor.agent.stats.sources import StatsFeed, StatsSource
@@ -31,9 +32,6 @@ __all__ = ["FRESH_S", "StatsService"]
 FRESH_S = 0.1
 """A sample that old at most is the answer to a call for a fresh one; also the shortest interval of a watch."""
 
-_ATTACH_AT_ONCE = 16
-_RETRY_S = 5.0
-"""How long until an instance whose figures could not be found is tried again."""
 _FEED_TIMEOUT_S = 5.0
 _SELDOM_S = 60.0
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -67,13 +65,10 @@ class StatsService:
         self._followed: dict[str, Followed] = {}
         self._turns: dict[str, None] = {}
         """Ids in the order in which heartbeats carry them."""
-        self._waiting: dict[str, None] = {}
-        self._retry_at: dict[str, float] = {}
+        self._finder = Finder(self._attach, clock=clock, failed=self._not_found)
         self._feeds_read: set[StatsFeed] = set()
         self._group: asyncio.TaskGroup | None = None
-        self._wake_attacher = asyncio.Event()
         self._wake_sampler = asyncio.Event()
-        self._attaching: dict[str, asyncio.Lock] = {}
         self._overrun_logged_at = float("-inf")
         self.samples = 0
         """Samples made since the start."""
@@ -100,14 +95,12 @@ class StatsService:
             known = None
         self._running[instance_id] = seen.started_at
         if known is None:
-            self._waiting[instance_id] = None
-            self._wake_attacher.set()
+            self._finder.want(instance_id)
 
     def deleted(self, instance_id: str) -> None:
         """It does not run any more. Does not block; its files are closed when this returns."""
         self._running.pop(instance_id, None)
-        self._waiting.pop(instance_id, None)
-        self._retry_at.pop(instance_id, None)
+        self._finder.forget(instance_id)
         known = self._followed.get(instance_id)
         if known is not None:
             self._detach(known)
@@ -208,7 +201,7 @@ class StatsService:
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group
-                group.create_task(self._attach_for_ever(group))
+                group.create_task(self._finder.run(group))
                 await self._sample_for_ever(group)
         finally:
             self._group = None
@@ -227,7 +220,7 @@ class StatsService:
                 due = self._clock.monotonic()
             started = self._clock.monotonic()
             await self._sample_all(group)
-            self._retry(started)
+            self._finder.look()
             ended = self._clock.monotonic()
             self.sampling_s += ended - started
             if ended - started > self._interval_s and ended - self._overrun_logged_at >= _SELDOM_S:
@@ -310,7 +303,7 @@ class StatsService:
     async def _fresh(self, instance_id: str) -> tuple[Followed, Record]:
         followed = self._followed.get(instance_id)
         if followed is None:
-            followed = await self._attach(instance_id)
+            followed = await self._finder.find(instance_id)
         record = self._sampler.latest(followed.slot)
         if record is None or self._now()[0] - record.monotonic_ns > FRESH_S * 1e9:
             await self._sample_one(followed)
@@ -353,49 +346,21 @@ class StatsService:
                 self.failures += 1
                 _log.debug("stats_not_sampled", instance=followed.instance_id, reason=exc.reason)
 
-    # -- attaching ---------------------------------------------------------------------------------------------
-
-    async def _attach_for_ever(self, group: asyncio.TaskGroup) -> None:
-        gate = asyncio.Semaphore(_ATTACH_AT_ONCE)
-        while True:
-            await self._wake_attacher.wait()
-            self._wake_attacher.clear()
-            while self._waiting:
-                await gate.acquire()
-                if not self._waiting:
-                    gate.release()
-                    break
-                instance_id = next(iter(self._waiting))
-                del self._waiting[instance_id]
-                group.create_task(self._attach_waiting(instance_id, gate))
-
-    async def _attach_waiting(self, instance_id: str, gate: asyncio.Semaphore) -> None:
-        try:
-            if instance_id in self._running and instance_id not in self._followed:
-                await self._attach(instance_id)
-        except HypervisorError as exc:
-            self.failures += 1
-            if instance_id in self._running:
-                self._retry_at[instance_id] = self._clock.monotonic() + _RETRY_S
-                self._wake_sampler.set()
-            _log.debug("stats_source_not_found", instance=instance_id, reason=exc.reason, error=exc.message)
-        finally:
-            gate.release()
+    # -- following ---------------------------------------------------------------------------------------------
 
     async def _attach(self, instance_id: str) -> Followed:
-        """Follow it; asked for by several at once, its driver is asked once. Raises HypervisorError."""
-        lock = self._attaching.setdefault(instance_id, asyncio.Lock())
-        try:
-            async with lock:
-                known = self._followed.get(instance_id)
-                if known is not None:
-                    return known
-                started_at = self._running.get(instance_id)
-                source = await self._locate(instance_id)
-                return self._follow(instance_id, source, started_at)
-        finally:
-            if not lock.locked() and self._attaching.get(instance_id) is lock:
-                del self._attaching[instance_id]
+        """Follow it, if it is not followed. Raises HypervisorError."""
+        known = self._followed.get(instance_id)
+        if known is not None:
+            return known
+        started_at = self._running.get(instance_id)
+        return self._follow(instance_id, await self._locate(instance_id), started_at)
+
+    def _not_found(self, instance_id: str, _: HypervisorError) -> None:
+        self.failures += 1
+        if instance_id in self._running:
+            self._finder.want_later(instance_id)
+            self._wake_sampler.set()
 
     def _follow(self, instance_id: str, source: StatsSource, started_at: datetime | None) -> Followed:
         feed = None if isinstance(source, Sources) else source
@@ -427,7 +392,7 @@ class StatsService:
         """There is nothing to read any more: it ended, and what it is now will be observed; or it began again."""
         self._detach(followed)
         if followed.instance_id in self._running:
-            self._retry_at[followed.instance_id] = self._clock.monotonic() + _RETRY_S
+            self._finder.want_later(followed.instance_id)
 
     def _detach(self, followed: Followed) -> None:
         if followed.ended:
@@ -439,14 +404,6 @@ class StatsService:
         if followed.fast is not None and followed.fast is not asyncio.current_task():
             followed.fast.cancel()
         followed.tell()
-
-    def _retry(self, now: float) -> None:
-        due = [instance_id for instance_id, at in self._retry_at.items() if at <= now]
-        for instance_id in due:
-            del self._retry_at[instance_id]
-            self._waiting[instance_id] = None
-        if due:
-            self._wake_attacher.set()
 
     def _now(self) -> tuple[int, int]:
         """Monotonic and wall clock in nanoseconds."""
