@@ -10,10 +10,13 @@ import pytest
 from hvtest_containerd import PrivateContainerd, missing_programs
 from hvtest_containers import BUSYBOX, ContainerdBench, assignment, started, until
 from hvtest_driver_contract import DriverContract
+from hvtest_driver_stats import sampled
 from hvtest_driver_watching import events_of, read_until, the_end
 from hvtest_hostile_archives import HOSTILE_ARCHIVES, docker_archive
 from hypervisor.agent.drivers.containerd import ContainerdDriver
-from hypervisor.core.errors import InvalidArgument
+from hypervisor.agent.stats.service import StatsService
+from hypervisor.core.clock import SystemClock
+from hypervisor.core.errors import FailedPrecondition, InvalidArgument
 from hypervisor.core.ids import new_id
 from hypervisor.core.model import ConsoleSize, InstanceSpec
 from hypervisor.core.resources import MIB
@@ -101,25 +104,51 @@ class TestLifecycle:
         assert "memory_mb" in seen.message
         assert (await driver.get(made.instance_id)).reason == "OOM_KILLED"
 
-    async def test_stats_rise_under_load(self, bench: ContainerdBench, driver: ContainerdDriver) -> None:
+    async def test_the_statistics_service_follows_it_from_start_to_start(
+        self, bench: ContainerdBench, driver: ContainerdDriver
+    ) -> None:
         made = await started(driver, bench.spec("while :; do :; done", memory_mb=32))
-        before = await driver.stats(made.instance_id)
-        assert before.cpu_usage_ns is not None
-        start = before.cpu_usage_ns
+        stats = StatsService(
+            locate=driver.stats_source, clock=SystemClock(), interval_s=0.1, slow_interval_s=0.5, history=600
+        )
+        running = asyncio.ensure_future(stats.run())
+        try:
+            stats.observed(await driver.get(made.instance_id))
+            before = await stats.fresh(made.instance_id)
+            assert before.cpu_usage_ns is not None
 
-        async def half_a_second_used() -> bool:
-            usage = (await driver.stats(made.instance_id)).cpu_usage_ns
-            return usage is not None and usage - start > 500_000_000
+            async def half_a_second_used() -> bool:
+                usage = (await stats.fresh(made.instance_id)).cpu_usage_ns
+                return usage is not None and usage - (before.cpu_usage_ns or 0) > 500_000_000
 
-        await until(half_a_second_used, what="the load shows in cpu_usage_ns")
-        await asyncio.sleep(1.0)  # rates are means over a second or more
-        after = await driver.stats(made.instance_id)
+            await until(half_a_second_used, what="the load shows in cpu_usage_ns")
+            after = await stats.fresh(made.instance_id)
+            assert after.cpu_used_cores is not None
+            assert 0.05 < after.cpu_used_cores <= 2.0
+            assert after.memory_limit_bytes == 32 * MIB
+            assert (after.pids, after.oom_kills) == (1, 0)
+            assert after.memory_working_set_bytes is not None
+            assert after.network_receive_bytes == 0
 
-        assert after.cpu_used_cores is not None
-        assert 0.05 < after.cpu_used_cores <= 1.3
-        assert after.memory_limit_bytes == 32 * MIB
-        assert after.pids == 1
-        assert after.oom_kills == 0
+            # It ends and begins again before anybody says so: the new control group is found by itself.
+            watch = stats.watch(made.instance_id, interval_s=0.1)
+            assert (await anext(watch)).pids == 1
+            await driver.restart(made.instance_id, grace_s=0.0)
+            async for _ in watch:
+                pass
+            stats.observed(await driver.get(made.instance_id))
+            again = await stats.fresh(made.instance_id)
+            assert again.cpu_usage_ns is not None
+            assert again.cpu_usage_ns < (after.cpu_usage_ns or 0)
+
+            await driver.stop(made.instance_id, grace_s=0.0)
+            stats.observed(await driver.get(made.instance_id))
+            assert stats.open_files == 0
+            with pytest.raises(FailedPrecondition, match="does not run"):
+                await stats.fresh(made.instance_id)
+        finally:
+            running.cancel()
+            await asyncio.wait({running})
 
     async def test_limits_are_those_of_the_spec(
         self, bench: ContainerdBench, driver: ContainerdDriver
@@ -134,7 +163,7 @@ class TestLifecycle:
         await console.write(b"for i in $(seq 40); do sleep 100 & done\n")
         # The shell says so when it cannot fork any more.
         await read_until(console, b"can't fork")
-        assert (await driver.stats(made.instance_id)).memory_limit_bytes == 48 * MIB
+        assert (await sampled(driver, made.instance_id)).memory_limit_bytes == 48 * MIB
         await console.close()
         assert swap_limits_v2(bench.containerd) <= {"0\n"}
 

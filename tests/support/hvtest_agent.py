@@ -124,7 +124,7 @@ class MemoryAgent:
             return InstanceStats(sampled_at=datetime.now(UTC), cpu_usage_ns=1)
 
     async def watch_stats(
-        self, instance_id: str, context: CallContext, *, interval_s: float
+        self, instance_id: str, context: CallContext, *, interval_s: float, history_s: float
     ) -> AsyncGenerator[InstanceStats, None]:
         while self._known(instance_id).status is InstanceStatus.RUNNING:
             yield await self.stats(instance_id, context)

@@ -15,6 +15,7 @@ from hypervisor.core.model import (
     DriverInfo,
     Instance,
     InstanceSpec,
+    InstancesUsage,
     NodeResources,
     Observation,
     decode,
@@ -162,7 +163,9 @@ async def add_node(plane: ControlPlane, joining: NodeRegistration) -> AsyncItera
     async def beat() -> None:
         while True:
             await asyncio.sleep(times.interval_s / 2)
-            await plane.nodes.heartbeat(joining.id, joining.incarnation, joining.resources, {})
+            await plane.nodes.heartbeat(
+                joining.id, joining.incarnation, joining.resources, {}, usage=InstancesUsage()
+            )
 
     beating = asyncio.create_task(beat())
     try:

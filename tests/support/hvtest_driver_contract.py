@@ -12,6 +12,7 @@ from typing import Protocol
 import pytest
 
 from hvtest_agent_waiting import within
+from hvtest_driver_stats import sampled
 from hvtest_driver_watching import events_of, read_until, the_end
 from hypervisor.agent.drivers.driver import VERBS, Assignment, Driver
 from hypervisor.core.errors import FailedPrecondition, HypervisorError, InvalidArgument, NotFound
@@ -261,7 +262,7 @@ class DriverContract:
             "start": lambda: driver.start(unknown),
             "stop": lambda: driver.stop(unknown, grace_s=0.0),
             "restart": lambda: driver.restart(unknown, grace_s=0.0),
-            "stats": lambda: driver.stats(unknown),
+            "stats": lambda: driver.stats_source(unknown),
             "attach": lambda: driver.attach(unknown),
         }
 
@@ -350,8 +351,8 @@ class DriverContract:
         assignment = await self._create(bench, driver, made, spec)
         await driver.start(assignment.instance_id)
 
-        first = await driver.stats(assignment.instance_id)
-        second = await driver.stats(assignment.instance_id)
+        first = await sampled(driver, assignment.instance_id)
+        second = await sampled(driver, assignment.instance_id)
 
         assert first.memory_limit_bytes == spec.memory_mb << 20
         assert first.memory_used_bytes is not None
@@ -367,7 +368,7 @@ class DriverContract:
         assignment = await self._create(bench, driver, made, bench.shell())
 
         with pytest.raises(FailedPrecondition) as caught:
-            await driver.stats(assignment.instance_id)
+            await sampled(driver, assignment.instance_id)
 
         assert caught.value.reason == "NOT_RUNNING"
 

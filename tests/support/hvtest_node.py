@@ -18,6 +18,7 @@ from hypervisor.agent.drivers.instances import InstanceRef, LocalInstances
 from hypervisor.agent.drivers.manager import Manager
 from hypervisor.agent.drivers.observed import ObservationBook
 from hypervisor.agent.journal import Journal
+from hypervisor.agent.stats.service import StatsService
 from hypervisor.core.clock import SystemClock
 from hypervisor.core.ids import new_id
 from hypervisor.core.model import DriverInfo, InstanceSpec, Observation
@@ -59,17 +60,20 @@ class Recorded:
     """What the manager told its listener."""
 
     consoles: ConsoleHubs
+    stats: StatsService
     reports: list[Observation] = field(default_factory=list)
     """Observations nobody got as an answer."""
     gone: list[str] = field(default_factory=list)
 
     def observed(self, seen: Observation, *, driver: str, answered: bool) -> None:
         self.consoles.observed(seen)
+        self.stats.observed(seen)
         if not answered:
             self.reports.append(seen)
 
     def deleted(self, instance_id: str) -> None:
         self.consoles.deleted(instance_id)
+        self.stats.deleted(instance_id)
         self.gone.append(instance_id)
 
 
@@ -83,6 +87,7 @@ class NodeUnderTest:
     journal: Journal
     told: Recorded
     consoles: ConsoleHubs
+    stats: StatsService
 
 
 @asynccontextmanager
@@ -94,6 +99,7 @@ async def node_under_test(
     deadlines: DriverDeadlines = SHORT,
     missing: tuple[DriverInfo, ...] = (),
     types: tuple[InstanceType, ...] = (InstanceType.CONTAINER,),
+    stats_interval_s: float = 0.1,
 ) -> AsyncIterator[NodeUnderTest]:
     """A node that has started. Leaving the context is a crash: nothing is finished or cleaned up but the tasks."""
     clock = SystemClock()
@@ -113,16 +119,25 @@ async def node_under_test(
             rng=rng,
             scrollback_bytes=64 << 10,
         )
-        told = Recorded(consoles)
+        stats = StatsService(
+            locate=lambda instance_id: manager.stats_source(instance_id),
+            clock=clock,
+            interval_s=stats_interval_s,
+            slow_interval_s=max(stats_interval_s, 1.0),
+            history=100,
+        )
+        told = Recorded(consoles, stats)
         instances = LocalInstances(
             journal=journal, book=ObservationBook(starts=journal.starts), clock=clock, listener=told
         )
         manager = Manager(instances=instances, drivers=health, clock=clock, rng=rng)
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(work) for work in (consoles.run(), manager.run(), health.run())]
+            tasks = [
+                group.create_task(work) for work in (consoles.run(), stats.run(), manager.run(), health.run())
+            ]
             await manager.ready()
             try:
-                yield NodeUnderTest(manager, fake, health, journal, told, consoles)
+                yield NodeUnderTest(manager, fake, health, journal, told, consoles, stats)
             finally:
                 for task in tasks:
                     task.cancel()

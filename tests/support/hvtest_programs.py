@@ -176,6 +176,7 @@ class ProgramCluster:
                 "containerd.console_root": str(self.directory / "consoles"),
                 "images.archive_roots": str(self.images),
                 "drivers.health_interval": "1s",
+                "metrics.address": "127.0.0.1:0",
             }
             | dict(agent_keys or {}),
         )

@@ -128,6 +128,8 @@ async def whole_agent(
                 "shutdown_grace": "1s",
             },
             "drivers": {"health_interval": "100ms"},
+            "stats": {"interval": "100ms", "slow_interval": "1s"},
+            "metrics": {"address": "127.0.0.1:0"},
         }
     )
     clock, stop = SystemClock(), asyncio.Event()

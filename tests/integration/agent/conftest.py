@@ -11,6 +11,7 @@ import pytest
 
 from hvtest_agent_waiting import until, within
 from hvtest_cluster_double import ClusterDouble, KnownNode
+from hvtest_etcd import free_port
 from hypervisor.agent.app import run_agent
 from hypervisor.agent.config import AgentSettings
 from hypervisor.agent.drivers.fake import FakeConfig, FakeDriver
@@ -34,12 +35,14 @@ class RunningAgent:
         driver: FakeDriver,
         known: KnownNode,
         stub: "agent_pb2_grpc.AgentServiceAsyncStub",
+        metrics_address: str,
         end: Callable[[], Awaitable[None]],
     ) -> None:
         self.driver = driver
         self.node_id = known.node.id
         self.address = f"127.0.0.1:{known.node.port}"
         self.stub = stub
+        self.metrics_address = metrics_address
         self.end = end
         """End it as SIGTERM does, and wait."""
 
@@ -64,8 +67,10 @@ def start_agent(tmp_path: Path, server: ClusterDouble) -> StartAgent:
         servers: tuple[str, ...] = (),
         driver: FakeDriver | None = None,
         registered_at: ClusterDouble = server,
+        max_series: int = 1000,
     ) -> AsyncIterator[RunningAgent]:
         directory = data_dir or tmp_path / "agent"
+        metrics_address = f"127.0.0.1:{free_port()}"
         settings = AgentSettings.model_validate(
             {
                 "node": {"hostname": "node-1", "zone": "zone-a", "labels": {"disk": "ssd"}},
@@ -77,6 +82,8 @@ def start_agent(tmp_path: Path, server: ClusterDouble) -> StartAgent:
                     "console_scrollback": "64KiB",
                 },
                 "drivers": {"health_interval": "100ms"},
+                "stats": {"interval": "100ms", "slow_interval": "1s"},
+                "metrics": {"address": metrics_address, "max_instances": max_series},
             }
         )
         clock, stop = SystemClock(), asyncio.Event()
@@ -109,7 +116,11 @@ def start_agent(tmp_path: Path, server: ClusterDouble) -> StartAgent:
             known = registered_at.nodes[registered_at.registrations[-1].node.id]
             async with grpc.aio.insecure_channel(f"127.0.0.1:{known.node.port}") as channel:
                 yield RunningAgent(
-                    driver=fake, known=known, stub=agent_pb2_grpc.AgentServiceStub(channel), end=end
+                    driver=fake,
+                    known=known,
+                    stub=agent_pb2_grpc.AgentServiceStub(channel),
+                    metrics_address=metrics_address,
+                    end=end,
                 )
         finally:
             await end()

@@ -132,7 +132,7 @@ async def test_an_instance_that_is_not_here_is_not_found(tmp_path: Path) -> None
             node.manager.start(ref(assignment())),
             node.manager.stop(ref(assignment()), grace_s=0.0),
             node.manager.restart(ref(assignment()), grace_s=0.0),
-            node.manager.stats(assignment().instance_id),
+            node.manager.stats_source(assignment().instance_id),
         ):
             with pytest.raises(NotFound) as caught:
                 await call

@@ -51,12 +51,14 @@ async def test_heartbeats_come_at_the_servers_interval_with_resources_and_sample
         known = server.nodes[agent.node_id]
         instance_id = created.instance.instance_id
 
-        await until(
-            lambda: sum(instance_id in beat.stats for beat in known.heartbeats) >= 2, what="samples arrive"
-        )
+        def told() -> list[int]:
+            return [b.stats[instance_id].cpu_usage_ns for b in known.heartbeats if instance_id in b.stats]
 
-        first, second, *_ = [b.stats[instance_id] for b in known.heartbeats if instance_id in b.stats]
-        assert second.cpu_usage_ns > first.cpu_usage_ns
+        await until(lambda: len(set(told())) >= 2, what="samples arrive")
+
+        assert told() == sorted(told())
+        assert (known.heartbeats[-1].usage.running, known.heartbeats[-1].usage.sampled) == (1, 1)
+        assert known.heartbeats[-1].usage.memory_used_bytes > 0
         assert all(beat.resources.cpu_cores >= 1 for beat in known.heartbeats)
 
 

@@ -61,6 +61,7 @@ async def _agent(
         "agent.port": "0",
         "agent.shutdown_grace": "2s",
         "drivers.enabled": "fake",
+        "metrics.address": "127.0.0.1:0",
         "drivers.health_interval": "200ms",
         "node.hostname": "node-1",
         "log.format": "json",

@@ -311,7 +311,7 @@ async def test_calls_for_an_instance_whose_driver_is_not_enabled_any_more_say_so
         for call in (
             node.manager.stop(ref(wanted), grace_s=0.0),
             node.manager.delete(ref(wanted), grace_s=0.0),
-            node.manager.stats(wanted.instance_id),
+            node.manager.stats_source(wanted.instance_id),
         ):
             with pytest.raises(Unavailable) as caught:
                 await call
@@ -335,7 +335,9 @@ async def test_an_agent_told_to_stop_does_not_wait_for_a_runtime_that_hangs(tmp_
     guarded = GuardedDriver(driver, deadlines=DriverDeadlines(action_s=300.0, abandon_s=0.05))
     running = asyncio.ensure_future(
         run_agent(
-            AgentSettings.model_validate({"agent": {"port": 0, "data_dir": str(tmp_path / "agent")}}),
+            AgentSettings.model_validate(
+                {"agent": {"port": 0, "data_dir": str(tmp_path / "agent")}, "metrics": {"address": ""}}
+            ),
             stop=stop,
             clock=SystemClock(),
             rng=random.Random(1),

@@ -11,11 +11,14 @@ from hypervisor.agent.stats.cgroups import (
     CgroupPaths,
     cgroup_paths,
     expected_paths,
-    uses_v2,
+    read_oom_kills,
+    sampler_sources,
 )
-from hypervisor.agent.stats.sampler import CgroupSampler, network_bytes, read_oom_kills
+from hypervisor.agent.stats.records import stats_of
+from hypervisor.ext.stats_sampler import Sampler
 
 MOMENT = datetime(2026, 5, 6, 7, 8, 9, tzinfo=UTC)
+WALL_NS = 1_778_051_289_000_000_000
 UNIT = "hypervisor/i-1"
 
 # Recorded on Linux 6.1; shortened where a file has lines that nothing reads.
@@ -55,22 +58,6 @@ NET_DEV = (
 )
 
 
-class StepClock:
-    """A clock that a test moves."""
-
-    def __init__(self) -> None:
-        self.seconds = 100.0
-
-    def now(self) -> datetime:
-        return MOMENT
-
-    def monotonic(self) -> float:
-        return self.seconds
-
-    async def sleep(self, seconds: float) -> None:
-        self.seconds += seconds
-
-
 @pytest.fixture
 def proc(tmp_path: Path) -> Path:
     net = tmp_path / "proc" / "42" / "net"
@@ -105,15 +92,18 @@ def v1_tree(root: Path) -> CgroupPaths:
 @pytest.mark.parametrize("tree", [v1_tree, v2_tree])
 def test_both_versions_give_the_same_numbers(tmp_path: Path, proc: Path, tree: object) -> None:
     paths = tree(tmp_path / "cgroup")  # type: ignore[operator]
-    sampler = CgroupSampler(paths, pid=42, proc_root=proc)
 
-    stats = sampler.sample(StepClock())
-    sampler.close()
+    with Sampler() as sampler:
+        slot = sampler.add(sampler_sources(paths, pid=42, proc_root=proc))
+        sampler.sample(slot, 0, WALL_NS)
+        record = sampler.latest(slot)
 
+    assert record is not None
+    stats = stats_of(record)
     assert stats.sampled_at == MOMENT
     assert stats.cpu_usage_ns == 2_503_415_000
     assert stats.cpu_used_cores is None
-    assert stats.cpu_throttled_periods == 7
+    assert (stats.cpu_throttled_periods, stats.cpu_throttled_ns) == (7, 350_021_000)
     assert stats.memory_used_bytes == 7_340_032
     assert stats.memory_working_set_bytes == 7_340_032 - 4_194_304
     assert stats.memory_limit_bytes == 67_108_864
@@ -121,73 +111,7 @@ def test_both_versions_give_the_same_numbers(tmp_path: Path, proc: Path, tree: o
     assert stats.pids == 5
     assert (stats.block_read_bytes, stats.block_write_bytes) == (1_052_672, 12_288)
     assert (stats.network_receive_bytes, stats.network_transmit_bytes) == (1520, 703)
-
-
-@pytest.mark.parametrize(
-    ("tree", "file", "later"),
-    [
-        (v1_tree, f"cpuacct/{UNIT}/cpuacct.usage", "4503415000\n"),
-        (v2_tree, f"{UNIT}/cpu.stat", "usage_usec 4503415\nnr_throttled 7\n"),
-    ],
-)
-def test_used_cores_are_the_mean_since_the_sample_before(
-    tmp_path: Path, proc: Path, tree: object, file: str, later: str
-) -> None:
-    root = tmp_path / "cgroup"
-    sampler = CgroupSampler(tree(root), pid=42, proc_root=proc)  # type: ignore[operator]
-    clock = StepClock()
-    sampler.sample(clock)
-
-    (root / file).write_text(later)
-    clock.seconds += 4.0
-    stats = sampler.sample(clock)
-    sampler.close()
-
-    assert stats.cpu_used_cores == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize("tree", [v1_tree, v2_tree])
-def test_no_limit_is_no_number(tmp_path: Path, proc: Path, tree: object) -> None:
-    root = tmp_path / "cgroup"
-    paths = tree(root)  # type: ignore[operator]
-    if uses_v2(root):
-        (root / UNIT / "memory.max").write_text("max\n")
-    else:
-        (root / "memory" / UNIT / "memory.limit_in_bytes").write_text("9223372036854771712\n")
-    sampler = CgroupSampler(paths, pid=42, proc_root=proc)
-
-    stats = sampler.sample(StepClock())
-    sampler.close()
-
-    assert stats.memory_limit_bytes is None
-
-
-def test_a_controller_that_is_not_enabled_leaves_its_numbers_unknown(tmp_path: Path, proc: Path) -> None:
-    root = tmp_path / "cgroup"
-    paths = v2_tree(root)
-    for name in ("io.stat", "memory.current", "memory.max", "memory.stat", "memory.events"):
-        (root / UNIT / name).unlink()
-    sampler = CgroupSampler(paths, pid=7, proc_root=proc)
-
-    stats = sampler.sample(StepClock())
-    sampler.close()
-
-    assert stats.cpu_usage_ns == 2_503_415_000
-    assert stats.memory_used_bytes is None
-    assert stats.memory_working_set_bytes is None
-    assert stats.block_read_bytes is None
-    assert stats.network_receive_bytes is None
-
-
-def test_a_group_that_did_no_input_or_output_has_zero(tmp_path: Path, proc: Path) -> None:
-    paths = v2_tree(tmp_path / "cgroup")
-    (tmp_path / "cgroup" / UNIT / "io.stat").write_text("")
-    sampler = CgroupSampler(paths, pid=42, proc_root=proc)
-
-    stats = sampler.sample(StepClock())
-    sampler.close()
-
-    assert (stats.block_read_bytes, stats.block_write_bytes) == (0, 0)
+    assert stats.cpu_pressure is None
 
 
 @pytest.mark.parametrize("tree", [v1_tree, v2_tree])
@@ -266,7 +190,3 @@ def test_with_v2_the_control_group_is_told_to_have_no_swap(tmp_path: Path) -> No
 def test_with_v1_no_swap_is_left_to_the_specification(tmp_path: Path) -> None:
     forbid_swap(v1_tree(tmp_path))
     assert list(tmp_path.rglob("*swap*")) == []
-
-
-def test_loopback_traffic_is_not_counted() -> None:
-    assert network_bytes(NET_DEV) == (1520, 703)

@@ -74,6 +74,13 @@ async def test_the_gateway_tells_life_readiness_and_metrics(server: WholeServer,
     assert "hypervisor_store_available 1.0" in lines
     assert 'hypervisor_rpc_duration_seconds_count{code="OK",method="CreateInstance"} 1.0' in lines
     assert 'hypervisor_rpc_duration_seconds_count{code="NOT_FOUND",method="GetInstance"} 1.0' in lines
+    values = {
+        name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")
+    }
+    assert values['hypervisor_cluster_memory_bytes{kind="reserved"}'] == 16 << 20
+    assert values['hypervisor_cluster_cpu_cores{kind="capacity"}'] >= 1
+    assert values['hypervisor_commit_duration_seconds_count{lane="placements",outcome="committed"}'] >= 1
+    assert values['hypervisor_commit_decisions_total{lane="placements"}'] >= 1
 
 
 async def test_a_second_server_on_the_same_port_is_refused_with_the_address(

@@ -393,6 +393,38 @@ def test_stats_once_and_watched(server, ctl):
     ]
 
 
+def test_watched_stats_may_begin_with_the_past_and_show_when_each_was(server, ctl):
+    server.add_instance("web")
+
+    watched = ctl("instance", "stats", "web", "--watch", "--history", "5m", "--interval", "2s")
+
+    method, request = server.calls[-1]
+    assert method == "WatchInstanceStats"
+    assert (request.history.seconds, request.interval.seconds) == (300, 2)
+    heading, first, *_ = watched.out.splitlines()
+    assert heading.split()[:3] == ["NAME", "TIME", "CPU"]
+    assert (len(first.split()[1]), first.split()[2]) == (8, "0.250")
+
+
+@pytest.mark.parametrize("option", ["--interval", "--history"])
+def test_spans_of_stats_go_with_watch(server, ctl, option):
+    done = ctl("instance", "stats", "web", option, "5s")
+
+    assert (done.code, f"{option} goes with --watch" in done.err) == (2, True)
+
+
+def test_node_get_shows_what_the_instances_use(server, ctl):
+    node = server.add_node("node-1")
+    node.usage.sampled, node.usage.running, node.usage.cpu_used_cores = 2, 3, 1.25
+    node.usage.memory_used_bytes = 3 << 20
+
+    shown = ctl("node", "get", "node-1").out
+
+    (line,) = [line for line in shown.splitlines() if line.startswith("Instances use:")]
+    assert "1.25 cores, 3MiB memory" in line
+    assert "2 of 3 running instances sampled" in line
+
+
 def test_the_token_goes_with_every_call(server, ctl):
     ctl("instance", "list", "--token", "secret")
 

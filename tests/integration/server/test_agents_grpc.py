@@ -42,7 +42,7 @@ async def real_agent(directory: Path) -> AsyncIterator[int]:
                 drivers=node.health,
                 resources=FixedResources(Resources(cpu_millis=4000)),
                 consoles=ConsoleStreams(node.consoles),
-                clock=SystemClock(),
+                stats=node.stats,
             )
         )
         async with server:
@@ -105,7 +105,7 @@ async def test_stats_once_and_as_a_stream(storage: Storage, tmp_path: Path) -> N
         await plane.instances.create(draft("web"), mutation())
 
         once = await plane.instances.stats(ref, CALLER)
-        samples = plane.instances.watch_stats(ref, CALLER, interval_s=0.1)
+        samples = plane.instances.watch_stats(ref, CALLER, interval_s=0.1, history_s=0.0)
         async with asyncio.timeout(10):
             seen = [(await anext(samples)).sampled_at for _ in range(3)]
             await plane.instances.stop(ref, mutation(), options=StopOptions(0.0))
@@ -209,7 +209,7 @@ async def test_a_node_that_moves_ends_what_waits_for_it_as_unreachable(kind: str
             case "call":
                 await agent.list(context)
             case "stats":
-                async for _ in agent.watch_stats(new_id("i"), context, interval_s=1.0):
+                async for _ in agent.watch_stats(new_id("i"), context, interval_s=1.0, history_s=0.0):
                     pass
             case _:
                 await agent.attach_console(new_id("i"), context, read_only=True, replay_bytes=0, size=None)

@@ -7,7 +7,7 @@ import pytest
 from hvtest_agent import MemoryAgents
 from hvtest_control_plane import add_node, control_plane, draft, fake_driver, mutation, registration, until
 from hypervisor.core.errors import AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted
-from hypervisor.core.model import InstanceStats, NodeResources
+from hypervisor.core.model import InstanceStats, InstancesUsage, NodeResources
 from hypervisor.core.states import InstanceStatus, NodeStatus, OperationState
 from hypervisor.server import keys
 from hypervisor.server.services import InstanceRef, StopOptions
@@ -30,14 +30,46 @@ async def test_heartbeats_write_nothing_to_the_store(storage: Storage) -> None:
             memory_bytes=joining.resources.memory_bytes,
             disk_bytes=joining.resources.disk_bytes,
         )
+        theirs = InstancesUsage(running=1, sampled=1, cpu_used_cores=0.5)
         for _ in range(5):
-            await plane.nodes.heartbeat(joining.id, joining.incarnation, used, {"i-1": sample})
+            await plane.nodes.heartbeat(joining.id, joining.incarnation, used, {"i-1": sample}, usage=theirs)
 
         known = plane.nodes.usage(joining.id)
         assert known is not None
-        assert (known[0].cpu_used_millis, known[1] < 5) == (1500, True)
+        assert (known.resources, known.instances, known.age_s < 5) == (used, theirs, True)
         assert times.timeout_s == 1.0
         assert await storage.current_revision() == before
+
+
+async def test_samples_a_heartbeat_leaves_out_are_kept_while_the_instance_is_placed_there(
+    storage: Storage,
+) -> None:
+    joining = registration()
+    async with control_plane(storage, MemoryAgents()) as plane, add_node(plane, joining):
+        ids = []
+        for name in ("one", "two"):
+            done = await plane.instances.create(draft(name), mutation())
+            ids.append(done.value.object_id)
+        one, two = ids
+        moment = plane.nodes.resolve(joining.id).value.created_at
+
+        async def beat(running: int, *told: str) -> None:
+            samples = {i: InstanceStats(sampled_at=moment, pids=len(told)) for i in told}
+            usage = InstancesUsage(running=running)
+            await plane.nodes.heartbeat(
+                joining.id, joining.incarnation, joining.resources, samples, usage=usage
+            )
+
+        def known() -> list[int | None]:
+            found = (plane.instances.last_stats(i) for i in ids)
+            return [None if sample is None else sample.pids for sample in found]
+
+        await beat(2, one, two)
+        await beat(2, one)
+        assert known() == [1, 2]
+
+        await beat(1, one)
+        assert known() == [1, None]
 
 
 async def test_a_changed_capacity_is_recorded(storage: Storage) -> None:
@@ -45,7 +77,7 @@ async def test_a_changed_capacity_is_recorded(storage: Storage) -> None:
     async with control_plane(storage, MemoryAgents()) as plane, add_node(plane, joining):
         larger = NodeResources(cpu_millis=8000, memory_bytes=joining.resources.memory_bytes, disk_bytes=1)
 
-        await plane.nodes.heartbeat(joining.id, joining.incarnation, larger, {})
+        await plane.nodes.heartbeat(joining.id, joining.incarnation, larger, {}, usage=InstancesUsage())
 
         assert plane.nodes.resolve(joining.id).value.capacity.cpu_millis == 8000
 
@@ -55,18 +87,22 @@ async def test_heartbeats_of_others_are_refused(storage: Storage) -> None:
     async with control_plane(storage, MemoryAgents()) as plane:
         await plane.nodes.register(joining)
         with pytest.raises(NotFound) as unknown:
-            await plane.nodes.heartbeat("n-unknown", "x", joining.resources, {})
+            await plane.nodes.heartbeat("n-unknown", "x", joining.resources, {}, usage=InstancesUsage())
         with pytest.raises(FailedPrecondition) as replaced:
-            await plane.nodes.heartbeat(joining.id, "another", joining.resources, {})
+            await plane.nodes.heartbeat(joining.id, "another", joining.resources, {}, usage=InstancesUsage())
         await until(lambda: not plane.view.node_alive(joining.id))
         with pytest.raises(FailedPrecondition) as ended:
-            await plane.nodes.heartbeat(joining.id, joining.incarnation, joining.resources, {})
+            await plane.nodes.heartbeat(
+                joining.id, joining.incarnation, joining.resources, {}, usage=InstancesUsage()
+            )
         reasons = [e.value.reason for e in (unknown, replaced, ended)]
         assert reasons == ["NODE_NOT_FOUND", "INCARNATION_MISMATCH", "LEASE_ENDED"]
 
         await plane.nodes.register(joining)
 
-        await plane.nodes.heartbeat(joining.id, joining.incarnation, joining.resources, {})
+        await plane.nodes.heartbeat(
+            joining.id, joining.incarnation, joining.resources, {}, usage=InstancesUsage()
+        )
 
 
 async def test_a_living_node_keeps_its_hostname_and_its_id(storage: Storage) -> None:
@@ -221,7 +257,9 @@ async def test_what_was_measured_on_a_node_is_forgotten_by_every_server_when_it_
     ):
         await one.nodes.register(joining)
         await until(lambda: other.view.node_alive(joining.id))
-        await other.nodes.heartbeat(joining.id, joining.incarnation, joining.resources, {})
+        await other.nodes.heartbeat(
+            joining.id, joining.incarnation, joining.resources, {}, usage=InstancesUsage()
+        )
         await until(lambda: not one.view.node_alive(joining.id))
         assert other.nodes.usage(joining.id) is not None
 

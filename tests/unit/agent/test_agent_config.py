@@ -54,6 +54,12 @@ def test_keys_come_from_the_environment_too() -> None:
         ("tls.enabled=true", "tls.cert_file"),
         ("drivers.health_interval=5", "drivers.health_interval"),
         ("containerd.namespace=ends-badly_", "containerd.namespace"),
+        ("stats.interval=50ms", "stats.interval"),
+        ("stats.interval=61s", "stats.interval"),
+        ("stats.slow_interval=500ms", "stats.slow_interval must not be shorter"),
+        ("stats.history=0", "stats.history"),
+        ("metrics.address=nowhere", "host:port"),
+        ("metrics.max_instances=-1", "metrics.max_instances"),
     ],
 )
 def test_a_mistake_names_its_key(override: str, words: str) -> None:
@@ -73,6 +79,16 @@ def test_a_reachable_address_needs_client_certificates() -> None:
     with pytest.raises(SettingsError):
         _load("agent.bind=0.0.0.0", *tls, "tls.client_auth=none")
     assert _load("agent.bind=0.0.0.0", "agent.insecure=true").agent.insecure
+
+
+def test_metrics_that_others_can_reach_need_client_certificates() -> None:
+    with pytest.raises(SettingsError, match=r"metrics\.address 0\.0\.0\.0:9 can be reached"):
+        _load("metrics.address=0.0.0.0:9")
+
+    tls = ("tls.enabled=true", "tls.cert_file=c", "tls.key_file=k", "tls.ca_file=a")
+    assert _load("metrics.address=0.0.0.0:9", *tls).metrics.address == "0.0.0.0:9"
+    assert _load("metrics.address=[::1]:9").metrics.address == "[::1]:9"
+    assert _load("metrics.address=").metrics.address == ""
 
 
 @pytest.mark.parametrize(
@@ -103,6 +119,8 @@ def test_simulated_nodes_share_nothing() -> None:
     assert [n.agent.port for n in nodes] == [6000, 6001, 6002]
     assert len({n.agent.data_dir for n in nodes}) == 3
     assert all(n.drivers.enabled == ("fake",) for n in nodes)
+    assert [n.metrics.address for n in nodes] == [""] * 3
+    assert {n.stats.interval for n in nodes} == {10.0}
 
 
 def test_simulated_nodes_take_any_port_unless_told() -> None:

@@ -11,7 +11,7 @@ from hypervisor.agent.cluster_link import HeartbeatTimes, NodeDescription
 from hypervisor.agent.reporter import Reporter
 from hypervisor.core.clock import SystemClock
 from hypervisor.core.errors import HypervisorError, NotFound, Unavailable
-from hypervisor.core.model import DriverInfo, InstanceStats, NodeResources, Observation
+from hypervisor.core.model import DriverInfo, InstanceStats, InstancesUsage, NodeResources, Observation
 from hypervisor.core.states import InstanceStatus, NodeRole
 
 NODE = NodeDescription(
@@ -47,7 +47,12 @@ class Link:
         raise AssertionError("a reporter does not register")
 
     async def heartbeat(
-        self, node: NodeDescription, *, resources: NodeResources, stats: Mapping[str, InstanceStats]
+        self,
+        node: NodeDescription,
+        *,
+        resources: NodeResources,
+        usage: InstancesUsage,
+        stats: Mapping[str, InstanceStats],
     ) -> HeartbeatTimes:
         raise AssertionError("a reporter sends no heartbeats")
 

@@ -16,11 +16,13 @@ from hypervisor.core.model import (
     Instance,
     InstanceSpec,
     InstanceStats,
+    InstancesUsage,
     LabelConstraint,
     Node,
     NodeResources,
     Observation,
     OperationRecord,
+    Pressure,
 )
 from hypervisor.core.resources import Resources
 from hypervisor.core.states import (
@@ -35,6 +37,7 @@ from hypervisor.core.states import (
 )
 from hypervisor.v1 import cluster_pb2, instance_pb2, node_pb2, operation_pb2
 from hypervisor.wire import enums, instances, nodes, operations, times
+from hypervisor.wire.stats import stats_from_wire, stats_to_wire, usage_from_wire, usage_to_wire
 
 _TEXT = st.text(alphabet=st.characters(exclude_categories=("Cs",)), max_size=20)
 _COUNT = st.integers(min_value=0, max_value=2**62)
@@ -69,6 +72,16 @@ _SPECS = st.builds(
     node=_TEXT,
 )
 
+_RATE = st.floats(min_value=0, max_value=1e12, allow_nan=False)
+
+_PRESSURES = st.builds(
+    Pressure,
+    some_total_ns=_COUNT,
+    full_total_ns=st.none() | _COUNT,
+    some_share=st.none() | st.floats(min_value=0, max_value=1, allow_nan=False),
+    full_share=st.none() | st.floats(min_value=0, max_value=1, allow_nan=False),
+)
+
 _STATS = st.builds(
     InstanceStats,
     sampled_at=_TIMES,
@@ -77,6 +90,18 @@ _STATS = st.builds(
     memory_used_bytes=st.none() | _COUNT,
     oom_kills=st.none() | _COUNT,
     network_transmit_bytes=st.none() | _COUNT,
+    network_transmit_bytes_per_second=st.none() | _RATE,
+    cpu_pressure=st.none() | _PRESSURES,
+    io_pressure=st.none() | _PRESSURES,
+)
+
+_USAGES = st.builds(
+    InstancesUsage,
+    running=_COUNT,
+    sampled=_COUNT,
+    cpu_used_cores=_RATE,
+    memory_used_bytes=_COUNT,
+    network_receive_bytes_per_second=_RATE,
 )
 
 _OBSERVATIONS = st.builds(
@@ -105,9 +130,16 @@ def test_spec_survives_the_wire(spec: InstanceSpec) -> None:
 
 @given(_STATS)
 def test_stats_survive_the_wire_and_keep_what_is_unknown_apart_from_zero(stats: InstanceStats) -> None:
-    wire = instance_pb2.InstanceStats.FromString(instances.stats_to_wire(stats).SerializeToString())
+    wire = instance_pb2.InstanceStats.FromString(stats_to_wire(stats).SerializeToString())
 
-    assert instances.stats_from_wire(wire) == stats
+    assert stats_from_wire(wire) == stats
+
+
+@given(_USAGES)
+def test_usage_of_a_nodes_instances_survives_the_wire(usage: InstancesUsage) -> None:
+    wire = node_pb2.InstancesUsage.FromString(usage_to_wire(usage).SerializeToString())
+
+    assert usage_from_wire(wire) == usage
 
 
 @given(_OBSERVATIONS)

@@ -1,17 +1,35 @@
-"""Counters out of the kernel's control group files, read in place from descriptors that stay open.
+"""What instances use, sampled from the kernel's files in place, with rates and a ring of history for each.
 
-``implementation`` says which one is live (``native`` or ``python``); programs log it at start.
+:class:`Sampler` is described in ``_sampler_c.pyi``, its records in :class:`Record`, and which files are read in
+:class:`Sources`. ``implementation`` says which one is live (``native`` or ``python``); programs log it at start.
+``read_counters`` reads single files for callers that have no sampler.
 """
 
 import os
 
-__all__ = ["MAX_FILE_BYTES", "UNLIMITED", "implementation", "read_counters"]
+from hypervisor.ext.stats_sampler._files import Sources
+from hypervisor.ext.stats_sampler._record import COUNTERS, FIELDS, UNLIMITED, Record
 
-if os.environ.get("HYPERVISOR_EXT_PURE") == "1":
-    from hypervisor.ext.stats_sampler._parser_py import MAX_FILE_BYTES, UNLIMITED, read_counters
+__all__ = [
+    "COUNTERS",
+    "FIELDS",
+    "MAX_FILE_BYTES",
+    "UNLIMITED",
+    "Record",
+    "Sampler",
+    "Sources",
+    "implementation",
+    "read_counters",
+]
 
-    implementation = "python"
-else:
-    from hypervisor.ext.stats_sampler._parser_c import MAX_FILE_BYTES, UNLIMITED, read_counters
+if os.environ.get("HYPERVISOR_EXT_PURE") != "1":
+    from hypervisor.ext.stats_sampler._parser_c import read_counters
+    from hypervisor.ext.stats_sampler._sampler_c import MAX_FILE_BYTES, Sampler
 
     implementation = "native"
+else:
+    from hypervisor.ext.stats_sampler._parser_py import read_counters
+    from hypervisor.ext.stats_sampler._sampler_py import MAX_FILE_BYTES
+    from hypervisor.ext.stats_sampler._sampler_py import Sampler as Sampler  # type: ignore[assignment]
+
+    implementation = "python"

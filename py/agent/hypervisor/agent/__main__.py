@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -107,6 +108,7 @@ def _run(settings: AgentSettings, simulated: int | None) -> int:
 
 async def _serve(settings: AgentSettings, simulated: int | None) -> None:
     stop = asyncio.Event()
+    _allow_open_files()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
@@ -118,6 +120,13 @@ async def _serve(settings: AgentSettings, simulated: int | None) -> None:
         await run_simulated(
             settings, simulated, stop=stop, clock=clock, rng=rng, new_id=new_id, version=version
         )
+
+
+def _allow_open_files() -> None:
+    """As many as the system lets: some ten are kept open for each instance."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 import asyncio
 import random
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import structlog
 
@@ -20,16 +21,18 @@ from hypervisor.agent.drivers.manager import Manager
 from hypervisor.agent.drivers.observed import ObservationBook
 from hypervisor.agent.drivers.registry import DriverContext, Drivers, make_drivers
 from hypervisor.agent.journal import Journal
+from hypervisor.agent.metrics.http import MetricsServer
+from hypervisor.agent.metrics.node import NodeMetrics
 from hypervisor.agent.registration import Membership
 from hypervisor.agent.reporter import Reporter
 from hypervisor.agent.resources import FixedResources, MeasuredResources, ResourceSource
-from hypervisor.agent.sampling import StatsSampler
+from hypervisor.agent.stats.service import StatsService
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import HypervisorError
 from hypervisor.core.ids import IdSource
 from hypervisor.core.model import Observation
 from hypervisor.core.resources import Resources
-from hypervisor.core.tls import channel_credentials, server_credentials
+from hypervisor.core.tls import channel_credentials, server_credentials, server_ssl_context
 
 __all__ = ["run_agent"]
 
@@ -40,14 +43,16 @@ _log = structlog.get_logger(__name__)
 
 
 class _Listener:
-    """Hands what the manager sees to the consoles and to the reporter."""
+    """Hands what the manager sees to the consoles, to the statistics and to the reporter."""
 
-    def __init__(self, *, consoles: ConsoleHubs, reporter: Reporter) -> None:
+    def __init__(self, *, consoles: ConsoleHubs, reporter: Reporter, stats: StatsService) -> None:
         self._consoles = consoles
         self._reporter = reporter
+        self._stats = stats
 
     def observed(self, seen: Observation, *, driver: str, answered: bool) -> None:
         self._consoles.observed(seen)
+        self._stats.observed(seen)
         if not answered:
             _log.info(
                 "instance_observed",
@@ -60,6 +65,7 @@ class _Listener:
 
     def deleted(self, instance_id: str) -> None:
         self._consoles.deleted(instance_id)
+        self._stats.deleted(instance_id)
         self._reporter.deleted(instance_id)
 
 
@@ -129,8 +135,8 @@ class _Agent:
         clock: Clock,
         rng: random.Random,
     ) -> None:
+        self._settings = settings
         self._node = node
-        self._clock = clock
         self._registered = asyncio.Event()
         self._resources = _resources(settings, simulated=node.simulated)
         self._health = DriverHealth(
@@ -150,18 +156,25 @@ class _Agent:
             registered=self._registered,
             register_again=lambda: self._membership.register_again(),
         )
+        self._stats = StatsService(
+            locate=lambda instance_id: self._manager.stats_source(instance_id),
+            clock=clock,
+            interval_s=settings.stats.interval,
+            slow_interval_s=settings.stats.slow_interval,
+            history=settings.stats.history,
+        )
         instances = LocalInstances(
             journal=journal,
             book=ObservationBook(starts=journal.starts),
             clock=clock,
-            listener=_Listener(consoles=self._consoles, reporter=self._reporter),
+            listener=_Listener(consoles=self._consoles, reporter=self._reporter, stats=self._stats),
         )
         self._manager = Manager(instances=instances, drivers=self._health, clock=clock, rng=rng)
         self._membership = Membership(
             node,
             link=link,
             resources=self._resources,
-            sampler=StatsSampler(running=self._manager.running, stats=self._manager.stats),
+            stats=self._stats,
             drivers=self._health.infos,
             observations=self._manager.for_registration,
             clock=clock,
@@ -178,13 +191,17 @@ class _Agent:
                 drivers=self._health,
                 resources=self._resources,
                 consoles=ConsoleStreams(self._consoles),
-                clock=self._clock,
+                stats=self._stats,
             )
         )
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._consoles.run()), group.create_task(self._manager.run())]
+            tasks = [
+                group.create_task(self._consoles.run()),
+                group.create_task(self._stats.run()),
+                group.create_task(self._manager.run()),
+            ]
             if await self._adopted(stop):
-                async with server:
+                async with self._metrics_served(), server:
                     tasks += [
                         group.create_task(self._health.run()),
                         group.create_task(self._reporter.run()),
@@ -202,6 +219,31 @@ class _Agent:
             for task in tasks:
                 task.cancel()
         _log.info("agent_stopped", node_id=self._node.id)
+
+    @asynccontextmanager
+    async def _metrics_served(self) -> AsyncIterator[None]:
+        """Serve metrics, if that is configured."""
+        if not self._settings.metrics.address:
+            yield
+            return
+        tls = self._settings.server_tls()
+        metrics = NodeMetrics(
+            self._node,
+            manager=self._manager,
+            drivers=self._health,
+            stats=self._stats,
+            reporter=self._reporter,
+            resources=_resources(self._settings, simulated=self._node.simulated),
+            registered=self._registered.is_set,
+            max_instances=self._settings.metrics.max_instances,
+        )
+        async with MetricsServer(
+            self._settings.metrics.address,
+            tls=None if tls is None else server_ssl_context(tls),
+            text=metrics.text,
+        ) as served:
+            _log.info("metrics_served", address=self._settings.metrics.address, port=served.port)
+            yield
 
     async def _adopted(self, stop: asyncio.Event) -> bool:
         """Wait until what runs is adopted; False when the agent is to stop before: a runtime that hangs must not hold

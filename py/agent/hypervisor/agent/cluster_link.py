@@ -15,12 +15,13 @@ import structlog
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import DeadlineExceeded, Unavailable
 from hypervisor.core.grpc_errors import from_rpc_error
-from hypervisor.core.model import DriverInfo, InstanceStats, NodeResources, Observation
+from hypervisor.core.model import DriverInfo, InstanceStats, InstancesUsage, NodeResources, Observation
 from hypervisor.core.states import NodeRole
 from hypervisor.v1 import cluster_pb2, cluster_pb2_grpc, node_pb2
 from hypervisor.wire.enums import NODE_ROLE
-from hypervisor.wire.instances import observation_to_wire, stats_to_wire
+from hypervisor.wire.instances import observation_to_wire
 from hypervisor.wire.nodes import driver_to_wire, resources_to_wire
+from hypervisor.wire.stats import stats_to_wire, usage_to_wire
 from hypervisor.wire.times import seconds_of, timestamp_of
 
 __all__ = ["ClusterLink", "GrpcClusterLink", "HeartbeatTimes", "NodeDescription"]
@@ -78,7 +79,12 @@ class ClusterLink(Protocol):
     ) -> HeartbeatTimes: ...
 
     async def heartbeat(
-        self, node: NodeDescription, *, resources: NodeResources, stats: Mapping[str, InstanceStats]
+        self,
+        node: NodeDescription,
+        *,
+        resources: NodeResources,
+        usage: InstancesUsage,
+        stats: Mapping[str, InstanceStats],
     ) -> HeartbeatTimes: ...
 
     async def update_status(
@@ -151,7 +157,12 @@ class GrpcClusterLink:
         return HeartbeatTimes(seconds_of(answer.heartbeat_interval), seconds_of(answer.heartbeat_timeout))
 
     async def heartbeat(
-        self, node: NodeDescription, *, resources: NodeResources, stats: Mapping[str, InstanceStats]
+        self,
+        node: NodeDescription,
+        *,
+        resources: NodeResources,
+        usage: InstancesUsage,
+        stats: Mapping[str, InstanceStats],
     ) -> HeartbeatTimes:
         request = cluster_pb2.HeartbeatRequest(
             node_id=node.id,
@@ -159,6 +170,7 @@ class GrpcClusterLink:
             resources=resources_to_wire(resources),
             sent_at=timestamp_of(self._clock.now()),
             stats={instance_id: stats_to_wire(sample) for instance_id, sample in stats.items()},
+            usage=usage_to_wire(usage),
         )
         answer = await self._call("Heartbeat", request, cluster_pb2.HeartbeatResponse)
         return HeartbeatTimes(seconds_of(answer.heartbeat_interval), seconds_of(answer.heartbeat_timeout))

@@ -10,15 +10,22 @@ import pydantic
 
 from hypervisor.core.logging import LogFormat, LogLevel
 from hypervisor.core.names import check_hostname, check_labels
-from hypervisor.core.settings import Address, ByteSize, Duration, Section, Settings
+from hypervisor.core.settings import Address, ByteSize, Duration, Section, Settings, split_address
 from hypervisor.core.states import NodeRole
 from hypervisor.core.tls import ClientAuth, ClientTls, ServerTls
 
-__all__ = ["AgentSettings", "ContainerdSection"]
+__all__ = ["AgentSettings", "ContainerdSection", "MetricsSection"]
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
 """What containerd takes (identifiers.Validate), checked before anything is begun."""
 _PLACE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class NodeSection(Section):
@@ -143,6 +150,60 @@ class DriversSection(Section):
     )
 
 
+class StatsSection(Section):
+    """How often what instances use is measured, and how much of the past is kept."""
+
+    interval: Duration = pydantic.Field(
+        default=1.0,
+        ge=0.1,
+        le=60,
+        description="Time between samples of all running instances, `100ms` to `60s`. One that is watched more "
+        "often is sampled more often meanwhile.",
+    )
+    slow_interval: Duration = pydantic.Field(
+        default=10.0,
+        ge=0.1,
+        le=600,
+        description="Time between looks at what is dear to read: `memory.stat`, limits, OOM kills and pressure.",
+    )
+    history: int = pydantic.Field(
+        default=300,
+        ge=1,
+        le=100_000,
+        description="Samples kept of each instance, some 350 bytes each; 300 of them at 1 s are 5 minutes.",
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _slow_is_slower(self) -> "StatsSection":
+        if self.slow_interval < self.interval:
+            raise ValueError("stats.slow_interval must not be shorter than stats.interval")
+        return self
+
+
+class MetricsSection(Section):
+    """Metrics of the node and its instances for Prometheus, at `/metrics`; see docs/guide/metrics.md."""
+
+    address: str = pydantic.Field(
+        default="127.0.0.1:50053",
+        description="Where they are served, `host:port`; empty: nowhere. Over TLS where `tls.enabled`, and then for "
+        "those whom the agent's API knows.",
+    )
+    max_instances: int = pydantic.Field(
+        default=1000,
+        ge=0,
+        le=100_000,
+        description="Instances that have series of their own, those sampled longest first; how many are left out is "
+        "`hypervisor_agent_instances_without_series`.",
+    )
+
+    @pydantic.field_validator("address")
+    @classmethod
+    def _address_is_legal(cls, address: str) -> str:
+        if address:
+            split_address(address)
+        return address
+
+
 class LibvirtSection(Section):
     """The driver of virtual machines, which is not in this version: it will find its key here."""
 
@@ -254,6 +315,8 @@ class AgentSettings(Settings):
     containerd: ContainerdSection = ContainerdSection()
     images: ImagesSection = ImagesSection()
     simulated: SimulatedSection = SimulatedSection()
+    stats: StatsSection = StatsSection()
+    metrics: MetricsSection = MetricsSection()
     tls: TlsSection = TlsSection()
     log: LogSection = LogSection()
 
@@ -263,6 +326,20 @@ class AgentSettings(Settings):
         if not guarded and not self.agent.insecure and not ipaddress.ip_address(self.agent.bind).is_loopback:
             raise ValueError(
                 f"agent.bind {self.agent.bind} can be reached from other machines, so tls.enabled: true and "
+                "tls.client_auth: require are needed, or a loopback address (agent.insecure: true lifts this check "
+                "on isolated test networks)"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _metrics_are_not_for_everybody(self) -> "AgentSettings":
+        if not self.metrics.address:
+            return self
+        host, _ = split_address(self.metrics.address)
+        guarded = self.tls.enabled and self.tls.client_auth is ClientAuth.REQUIRE
+        if not guarded and not self.agent.insecure and not _is_loopback(host):
+            raise ValueError(
+                f"metrics.address {self.metrics.address} can be reached from other machines, so tls.enabled: true and "
                 "tls.client_auth: require are needed, or a loopback address (agent.insecure: true lifts this check "
                 "on isolated test networks)"
             )

@@ -11,6 +11,7 @@ import msgspec
 
 from hypervisor.agent.drivers.driver import Assignment
 from hypervisor.core.model import Observation
+from hypervisor.core.states import InstanceType
 
 __all__ = ["Entry", "Phase"]
 
@@ -41,6 +42,10 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the driver's ``create`` returned; empty before, and for instances found without a journal."""
     assignment: Assignment | None = None
     """Kept while CREATING only: what is needed to finish the create."""
+    name: str = ""
+    """Its name, project and type, for metrics; empty for instances found without a journal."""
+    project: str = ""
+    type: InstanceType | None = None
     start: bool = False
     """While CREATING: whether it is to be started."""
     last: Observation | None = None

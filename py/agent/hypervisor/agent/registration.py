@@ -12,13 +12,16 @@ import structlog
 from hypervisor.agent.cluster_link import ClusterLink, HeartbeatTimes, NodeDescription
 from hypervisor.agent.reporter import must_register
 from hypervisor.agent.resources import ResourceSource
-from hypervisor.agent.sampling import StatsSampler
+from hypervisor.agent.stats.service import StatsService
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import DeadlineExceeded, HypervisorError, Unavailable
 from hypervisor.core.model import DriverInfo, NodeResources, Observation
 from hypervisor.core.retry import Backoff
 
-__all__ = ["Membership"]
+__all__ = ["HEARTBEAT_SAMPLES", "Membership"]
+
+HEARTBEAT_SAMPLES = 2000
+"""Most samples a heartbeat carries: some 400 KB. See HeartbeatRequest in cluster.proto."""
 
 _BACKOFF = Backoff(initial_s=0.2, maximum_s=5.0)
 
@@ -34,7 +37,7 @@ class Membership:
         *,
         link: ClusterLink,
         resources: ResourceSource,
-        sampler: StatsSampler,
+        stats: StatsService,
         drivers: Callable[[], tuple[DriverInfo, ...]],
         observations: Callable[[], tuple[Observation, ...]],
         clock: Clock,
@@ -45,7 +48,7 @@ class Membership:
         self._node = node
         self._link = link
         self._resources = resources
-        self._sampler = sampler
+        self._stats = stats
         self._drivers = drivers
         self._observations = observations
         self._clock = clock
@@ -101,9 +104,11 @@ class Membership:
                 return
             started = self._clock.monotonic()
             try:
-                stats = await self._sampler.sample()
                 times = await self._link.heartbeat(
-                    self._node, resources=await self._read_resources(), stats=stats
+                    self._node,
+                    resources=await self._read_resources(),
+                    usage=self._stats.usage(),
+                    stats=self._stats.newest(limit=HEARTBEAT_SAMPLES),
                 )
             except HypervisorError as exc:
                 if must_register(exc):

@@ -8,7 +8,10 @@ from hypervisor.agent.config import AgentSettings
 from hypervisor.core.clock import Clock
 from hypervisor.core.ids import IdSource
 
-__all__ = ["run_simulated", "simulated_settings"]
+__all__ = ["SAMPLED_EVERY_S", "run_simulated", "simulated_settings"]
+
+SAMPLED_EVERY_S = 10.0
+"""A simulated node measures no more often."""
 
 
 def simulated_settings(settings: AgentSettings, index: int) -> AgentSettings:
@@ -24,6 +27,11 @@ def simulated_settings(settings: AgentSettings, index: int) -> AgentSettings:
                     "data_dir": settings.agent.data_dir / f"simulated-{name}",
                 }
             ),
+            # Many nodes share this process: what is made up need not be measured often, nor is there one port for all.
+            "stats": settings.stats.model_copy(
+                update={"interval": max(settings.stats.interval, SAMPLED_EVERY_S), "slow_interval": 600.0}
+            ),
+            "metrics": settings.metrics.model_copy(update={"address": ""}),
             "drivers": settings.drivers.model_copy(update={"enabled": ("fake",)}),
         }
     )

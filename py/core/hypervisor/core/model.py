@@ -33,11 +33,13 @@ __all__ = [
     "Instance",
     "InstanceSpec",
     "InstanceStats",
+    "InstancesUsage",
     "LabelConstraint",
     "Node",
     "NodeResources",
     "Observation",
     "OperationRecord",
+    "Pressure",
     "decode",
     "encode",
 ]
@@ -108,6 +110,16 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     v: int = SCHEMA_VERSION
 
 
+class Pressure(msgspec.Struct, frozen=True, kw_only=True):
+    """How much work waited for a resource: nanoseconds since the start, and shares (0.0 to 1.0) of the time between
+    two looks. See Pressure in instance.proto."""
+
+    some_total_ns: int
+    full_total_ns: int | None = None
+    some_share: float | None = None
+    full_share: float | None = None
+
+
 class InstanceStats(msgspec.Struct, frozen=True, kw_only=True):
     """One sample of an instance's use; None where its driver cannot know. See InstanceStats in instance.proto."""
 
@@ -115,15 +127,49 @@ class InstanceStats(msgspec.Struct, frozen=True, kw_only=True):
     cpu_usage_ns: int | None = None
     cpu_used_cores: float | None = None
     cpu_throttled_periods: int | None = None
+    cpu_throttled_ns: int | None = None
+    cpu_throttled_share: float | None = None
     memory_used_bytes: int | None = None
     memory_working_set_bytes: int | None = None
     memory_limit_bytes: int | None = None
+    memory_anon_bytes: int | None = None
+    memory_file_bytes: int | None = None
+    memory_swap_bytes: int | None = None
+    major_faults: int | None = None
     oom_kills: int | None = None
     pids: int | None = None
     block_read_bytes: int | None = None
     block_write_bytes: int | None = None
+    block_read_operations: int | None = None
+    block_write_operations: int | None = None
+    block_read_bytes_per_second: float | None = None
+    block_write_bytes_per_second: float | None = None
+    block_read_operations_per_second: float | None = None
+    block_write_operations_per_second: float | None = None
     network_receive_bytes: int | None = None
     network_transmit_bytes: int | None = None
+    network_receive_packets: int | None = None
+    network_transmit_packets: int | None = None
+    network_receive_bytes_per_second: float | None = None
+    network_transmit_bytes_per_second: float | None = None
+    cpu_pressure: Pressure | None = None
+    memory_pressure: Pressure | None = None
+    io_pressure: Pressure | None = None
+
+
+class InstancesUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """What the instances of a node use together; see InstancesUsage in node.proto."""
+
+    running: int = 0
+    sampled: int = 0
+    cpu_used_cores: float = 0.0
+    memory_used_bytes: int = 0
+    memory_working_set_bytes: int = 0
+    block_read_bytes_per_second: float = 0.0
+    block_write_bytes_per_second: float = 0.0
+    network_receive_bytes_per_second: float = 0.0
+    network_transmit_bytes_per_second: float = 0.0
+    pids: int = 0
 
 
 class Observation(msgspec.Struct, frozen=True, kw_only=True):

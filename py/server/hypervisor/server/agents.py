@@ -96,9 +96,10 @@ class Agent(Protocol):
         ...
 
     def watch_stats(
-        self, instance_id: str, context: CallContext, *, interval_s: float
+        self, instance_id: str, context: CallContext, *, interval_s: float, history_s: float
     ) -> AsyncGenerator[InstanceStats, None]:
-        """Samples until the iterator is closed or the instance ends. ``context.timeout_s`` does not apply."""
+        """Those of the last ``history_s`` seconds, then samples until the iterator is closed or the instance ends.
+        ``context.timeout_s`` does not apply."""
         ...
 
     async def attach_console(

@@ -15,7 +15,8 @@ from hypervisor.core.model import ConsoleSize, Instance, InstanceStats, Node, Ob
 from hypervisor.server.agents import CallContext
 from hypervisor.server.agents_console import AgentConsole, open_console
 from hypervisor.wire.enums import INSTANCE_TYPE
-from hypervisor.wire.instances import observation_from_wire, spec_to_wire, stats_from_wire
+from hypervisor.wire.instances import observation_from_wire, spec_to_wire
+from hypervisor.wire.stats import stats_from_wire
 from hypervisor.wire.times import duration_of
 
 if TYPE_CHECKING:
@@ -90,10 +91,10 @@ class GrpcAgent:
         return stats_from_wire(await self._call(self._stub.GetInstanceStats, request, context))
 
     async def watch_stats(
-        self, instance_id: str, context: CallContext, *, interval_s: float
+        self, instance_id: str, context: CallContext, *, interval_s: float, history_s: float
     ) -> AsyncGenerator[InstanceStats, None]:
         request = agent_pb2.WatchInstanceStatsRequest(
-            instance_id=instance_id, interval=duration_of(interval_s)
+            instance_id=instance_id, interval=duration_of(interval_s), history=duration_of(history_s)
         )
         call = self._stub.WatchInstanceStats(request, metadata=_metadata(context))
         try:

@@ -100,7 +100,11 @@ async def run_server(
         )
         plane.view.add_listener(_channel_closer(plane, pool))
         dispatcher = Dispatcher(authenticator=authenticator, metrics=metrics, new_id=new_id)
-        metrics.watch_cluster(plane.view, dispatcher)
+        metrics.about(server_id=server_id, version=version, store=settings.store.backend.value)
+        metrics.watch_cluster(
+            plane.view, dispatcher, usage=plane.nodes.usage, leading=lambda: plane.reconciler.leading
+        )
+        plane.committer.on_commit(metrics.committed)
         Api(
             view=plane.view,
             identity=plane.view,

@@ -28,7 +28,7 @@ from hypervisor.server.services import Versioned
 from hypervisor.server.store.storage import Committed, Conflicted, Item, OutcomeUnknown, Storage
 from hypervisor.server.view import StoreView
 
-__all__ = ["Decided", "GroupCommitter", "Knowledge", "Lane"]
+__all__ = ["CommitListener", "CommitOutcome", "Decided", "GroupCommitter", "Knowledge", "Lane"]
 
 T = TypeVar("T", bound=msgspec.Struct)
 V = TypeVar("V")
@@ -46,6 +46,19 @@ class Lane(enum.Enum):
     RECORDS = "records"
     PLACEMENTS = "placements"
     """Decisions that change what is reserved on nodes."""
+
+
+class CommitOutcome(enum.Enum):
+    """What became of a transaction."""
+
+    COMMITTED = "committed"
+    CONFLICTED = "conflicted"
+    """Another server was faster: its decisions are made again."""
+    FAILED = "failed"
+
+
+CommitListener = Callable[[Lane, CommitOutcome, float, int], None]
+"""Told of a transaction: its lane, its outcome, how many seconds the store took, how many decisions were in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +159,11 @@ class GroupCommitter:
         self.known = Knowledge(view)
         self.commits = 0
         self.decisions = 0
+        self._listeners: list[CommitListener] = []
+
+    def on_commit(self, listener: "CommitListener") -> None:
+        """Call ``listener`` after each transaction that was sent to the store; it must not block."""
+        self._listeners.append(listener)
 
     def find(self, key: RecordKey[T]) -> Versioned[T] | None:
         """The record as last known, this server's own commits included."""
@@ -214,9 +232,11 @@ class GroupCommitter:
             self._resolve(entries, self.known.revision)
             return
         self._view.expect(lane.value, batch.records())
+        started = self._clock.monotonic()
         try:
             outcome = await self._storage.commit(batch.compares(), batch.operations())
         except HypervisorError as exc:
+            self._tell(lane, CommitOutcome.FAILED, started, decisions=len(entries))
             self._failed(entries, exc, queue)
             return
         except asyncio.CancelledError:
@@ -229,11 +249,18 @@ class GroupCommitter:
             case Committed(revision):
                 self.commits += 1
                 self.decisions += len(entries)
+                self._tell(lane, CommitOutcome.COMMITTED, started, decisions=len(entries))
                 self.known.learn_commit(revision, tuple(batch.updates(revision)))
                 self._resolve(entries, revision)
             case Conflicted(revision, current):
+                self._tell(lane, CommitOutcome.CONFLICTED, started, decisions=len(entries))
                 self.known.learn_items(revision, current)
                 await self._again(entries, queue)
+
+    def _tell(self, lane: Lane, outcome: CommitOutcome, started: float, *, decisions: int) -> None:
+        seconds = self._clock.monotonic() - started
+        for listener in self._listeners:
+            listener(lane, outcome, seconds, decisions)
 
     def _fill(self, batch: Batch, queue: deque[_Entry]) -> list[_Entry]:
         taken: list[_Entry] = []

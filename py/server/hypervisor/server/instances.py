@@ -1,6 +1,7 @@
 """Instances: what the calls of ComputeService do. Implements ``Instances``; compute.proto has the rules."""
 
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from functools import partial
 
 from hypervisor.core.clock import Clock
@@ -139,12 +140,16 @@ class InstanceService:
         return await self._agents.agent(node).stats(instance.id, context)
 
     async def watch_stats(
-        self, ref: InstanceRef, caller: Caller, *, interval_s: float
+        self, ref: InstanceRef, caller: Caller, *, interval_s: float, history_s: float
     ) -> AsyncGenerator[InstanceStats, None]:
         instance, node = self._running(ref, "stats")
         context = CallContext(caller.request_id, _STATS_TIMEOUT_S)
-        async for sample in self._agents.agent(node).watch_stats(instance.id, context, interval_s=interval_s):
-            yield sample
+        samples = self._agents.agent(node).watch_stats(
+            instance.id, context, interval_s=interval_s, history_s=history_s
+        )
+        async with aclosing(samples):
+            async for sample in samples:
+                yield sample
 
     def last_stats(self, instance_id: str) -> InstanceStats | None:
         return self._last_stats(instance_id)

@@ -6,6 +6,7 @@ A heartbeat renews the node's lease and writes nothing; measured use stays in th
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 import structlog
@@ -13,7 +14,15 @@ from msgspec import structs
 
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import FailedPrecondition, HypervisorError, NotFound
-from hypervisor.core.model import DriverInfo, InstanceStats, Node, NodeResources, Observation, OperationRecord
+from hypervisor.core.model import (
+    DriverInfo,
+    InstanceStats,
+    InstancesUsage,
+    Node,
+    NodeResources,
+    Observation,
+    OperationRecord,
+)
 from hypervisor.core.resources import Resources
 from hypervisor.server import keys
 from hypervisor.server.committer import GroupCommitter
@@ -34,6 +43,7 @@ from hypervisor.server.services import (
     Kind,
     Mutation,
     NodeRegistration,
+    NodeUsage,
     Versioned,
 )
 from hypervisor.server.store.storage import OutcomeUnknown, Storage
@@ -66,8 +76,9 @@ class NodeService:
         self._operations = operations
         self._clock = clock
         self._times = times
-        self._usage: dict[str, tuple[NodeResources, float]] = {}
-        self._stats: dict[str, Mapping[str, InstanceStats]] = {}
+        self._usage: dict[str, NodeUsage] = {}
+        """With the time of the heartbeat in the place of its age."""
+        self._stats: dict[str, dict[str, InstanceStats]] = {}
         view.add_listener(self._forget_gone)
 
     async def register(self, registration: NodeRegistration) -> tuple[Versioned[Node], HeartbeatTimes]:
@@ -96,6 +107,8 @@ class NodeService:
         incarnation: str,
         resources: NodeResources,
         stats: Mapping[str, InstanceStats],
+        *,
+        usage: InstancesUsage,
     ) -> HeartbeatTimes:
         node = self._present(node_id, incarnation)
         try:
@@ -106,8 +119,8 @@ class NodeService:
                 reason="LEASE_ENDED",
                 metadata={"node_id": node_id},
             ) from exc
-        self._usage[node_id] = (resources, self._clock.monotonic())
-        self._stats[node_id] = dict(stats)
+        self._usage[node_id] = NodeUsage(resources, usage, self._clock.monotonic())
+        self._keep_stats(node_id, stats, running=usage.running)
         if _differs(node.capacity, resources.capacity):
             await self._committer.commit(lambda draft: _record_capacity(draft, node_id, resources.capacity))
         return self._times
@@ -163,14 +176,23 @@ class NodeService:
         check_version(found, resource_version, what=f"node {found.value.hostname}")
         return found
 
-    def usage(self, node_id: str) -> tuple[NodeResources, float] | None:
+    def usage(self, node_id: str) -> NodeUsage | None:
         found = self._usage.get(node_id)
-        return None if found is None else (found[0], self._clock.monotonic() - found[1])
+        return None if found is None else replace(found, age_s=self._clock.monotonic() - found.age_s)
 
     def last_stats(self, instance_id: str) -> InstanceStats | None:
         """The newest sample of an instance that came with a heartbeat to this server."""
         found = self._view.instance(instance_id)
         return None if found is None else self._stats.get(found.value.node_id, {}).get(instance_id)
+
+    def _keep_stats(self, node_id: str, stats: Mapping[str, InstanceStats], *, running: int) -> None:
+        """Keep the newest samples; of a node with more instances than a heartbeat carries, also those it left out."""
+        kept = dict(stats)
+        if running > len(stats):
+            placed = {found.value.id for found in self._view.instances_on(node_id)}
+            before = self._stats.get(node_id, {})
+            kept = {i: sample for i, sample in before.items() if i in placed} | kept
+        self._stats[node_id] = kept
 
     def _forget_gone(self, changes: tuple[ClusterChange, ...]) -> None:
         """Drop what was measured on nodes that left, whichever server they left at."""

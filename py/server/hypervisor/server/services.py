@@ -20,6 +20,7 @@ from hypervisor.core.model import (
     Instance,
     InstanceSpec,
     InstanceStats,
+    InstancesUsage,
     Node,
     NodeResources,
     Observation,
@@ -40,6 +41,7 @@ __all__ = [
     "Kind",
     "Mutation",
     "NodeRegistration",
+    "NodeUsage",
     "Nodes",
     "Operations",
     "StopOptions",
@@ -228,7 +230,7 @@ class Instances(Protocol):
     async def stats(self, ref: InstanceRef, caller: Caller) -> InstanceStats: ...
 
     def watch_stats(
-        self, ref: InstanceRef, caller: Caller, *, interval_s: float
+        self, ref: InstanceRef, caller: Caller, *, interval_s: float, history_s: float
     ) -> AsyncGenerator[InstanceStats, None]: ...
 
     def last_stats(self, instance_id: str) -> InstanceStats | None:
@@ -286,6 +288,18 @@ class HeartbeatTimes:
     timeout_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class NodeUsage:
+    """Measured use of a node, as its newest heartbeat to this server told it."""
+
+    resources: NodeResources
+    """What the node has and what of it is in use, by whomever."""
+    instances: InstancesUsage
+    """What its instances use together."""
+    age_s: float
+    """Seconds since the heartbeat."""
+
+
 class Nodes(Protocol):
     """Nodes; the rules are those of ClusterService in cluster.proto."""
 
@@ -297,7 +311,11 @@ class Nodes(Protocol):
         incarnation: str,
         resources: NodeResources,
         stats: Mapping[str, InstanceStats],
-    ) -> HeartbeatTimes: ...
+        *,
+        usage: InstancesUsage,
+    ) -> HeartbeatTimes:
+        """A sign of life. ``stats`` may lack some of the node's instances: what was known of those stays."""
+        ...
 
     async def update_status(
         self,
@@ -326,6 +344,6 @@ class Nodes(Protocol):
         """The node meant by an id or host name, from memory. NotFound (NODE_NOT_FOUND)."""
         ...
 
-    def usage(self, node_id: str) -> tuple[NodeResources, float] | None:
-        """Newest measured use known to this server and its age in seconds."""
+    def usage(self, node_id: str) -> NodeUsage | None:
+        """Newest measured use known to this server; None before it heard a heartbeat of the node."""
         ...

@@ -1,4 +1,4 @@
-"""Instances on the wire: spec, record, statistics, observation, assignment fields."""
+"""Instances on the wire: spec, record, observation, assignment fields; what they use is in :mod:`.stats`."""
 
 from hypervisor.core.errors import InvalidArgument
 from hypervisor.core.model import Instance, InstanceSpec, InstanceStats, LabelConstraint, Observation
@@ -12,6 +12,7 @@ from hypervisor.wire.enums import (
     LABEL_OPERATOR,
     PLACEMENT_POLICY,
 )
+from hypervisor.wire.stats import stats_to_wire
 from hypervisor.wire.times import datetime_of, timestamp_of
 
 __all__ = [
@@ -20,8 +21,6 @@ __all__ = [
     "observation_to_wire",
     "spec_from_wire",
     "spec_to_wire",
-    "stats_from_wire",
-    "stats_to_wire",
 ]
 
 
@@ -109,28 +108,6 @@ def instance_to_wire(
     if instance.exit_code is not None:
         message.exit_code = instance.exit_code
     return message
-
-
-_STATS_FIELDS = tuple(f for f in InstanceStats.__struct_fields__ if f != "sampled_at")
-
-
-def stats_to_wire(stats: InstanceStats) -> instance_pb2.InstanceStats:
-    """A sample; what is None stays absent."""
-    message = instance_pb2.InstanceStats(sampled_at=timestamp_of(stats.sampled_at))
-    for name in _STATS_FIELDS:
-        value = getattr(stats, name)
-        if value is not None:
-            setattr(message, name, value)
-    return message
-
-
-def stats_from_wire(stats: instance_pb2.InstanceStats) -> InstanceStats:
-    """A sample. InvalidArgument when it has no time."""
-    sampled_at = datetime_of(stats.sampled_at)
-    if sampled_at is None:
-        raise InvalidArgument.of_field("stats.sampled_at", "is required")
-    present = {field.name: value for field, value in stats.ListFields()}
-    return InstanceStats(sampled_at=sampled_at, **{name: present.get(name) for name in _STATS_FIELDS})
 
 
 def observation_to_wire(seen: Observation) -> cluster_pb2.InstanceObservation:

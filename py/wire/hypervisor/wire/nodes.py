@@ -2,10 +2,11 @@
 
 from datetime import datetime
 
-from hypervisor.core.model import Allocation, Capability, DriverInfo, Node, NodeResources
+from hypervisor.core.model import Allocation, Capability, DriverInfo, InstancesUsage, Node, NodeResources
 from hypervisor.core.resources import cores, millicores
 from hypervisor.v1 import node_pb2
 from hypervisor.wire.enums import INSTANCE_TYPE, NODE_ROLE, NODE_STATUS
+from hypervisor.wire.stats import usage_to_wire
 from hypervisor.wire.times import timestamp_of
 
 __all__ = [
@@ -87,12 +88,13 @@ def node_to_wire(
     *,
     resource_version: int,
     allocation: Allocation,
-    usage: NodeResources | None = None,
+    resources: NodeResources | None = None,
+    usage: InstancesUsage | None = None,
     last_heartbeat_at: datetime | None = None,
 ) -> node_pb2.Node:
-    """The record as users see it. Without ``usage`` only the node's capacity is known."""
-    if usage is None:
-        usage = NodeResources(
+    """The record as users see it. Without ``resources`` only the node's capacity is known."""
+    if resources is None:
+        resources = NodeResources(
             cpu_millis=node.capacity.cpu_millis,
             memory_bytes=node.capacity.memory_bytes,
             disk_bytes=node.capacity.disk_bytes,
@@ -106,7 +108,8 @@ def node_to_wire(
         zone=node.zone,
         role=NODE_ROLE.to_wire(node.role),
         status=NODE_STATUS.to_wire(node.status),
-        resources=resources_to_wire(usage),
+        resources=resources_to_wire(resources),
+        usage=None if usage is None else usage_to_wire(usage),
         labels=node.labels,
         created_at=timestamp_of(node.created_at),
         updated_at=timestamp_of(node.updated_at),

@@ -1,6 +1,7 @@
 """AgentService: parses requests, asks the manager, answers. The rules are in agent.proto and drivers/manager.py."""
 
 from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
 
 from hypervisor.agent.api.console_stream import ConsoleStreams
 from hypervisor.agent.drivers.driver import Assignment
@@ -8,29 +9,26 @@ from hypervisor.agent.drivers.health import DriverHealth
 from hypervisor.agent.drivers.instances import InstanceRef
 from hypervisor.agent.drivers.manager import Manager
 from hypervisor.agent.resources import ResourceSource
+from hypervisor.agent.stats.service import FRESH_S, StatsService
 from hypervisor.agent.v1 import agent_pb2
-from hypervisor.core.clock import Clock
-from hypervisor.core.errors import (
-    FailedPrecondition,
-    FieldViolation,
-    InvalidArgument,
-    NotFound,
-    Unimplemented,
-)
+from hypervisor.core.errors import FieldViolation, InvalidArgument, Unimplemented
 from hypervisor.core.ids import is_id
 from hypervisor.core.model import Observation
 from hypervisor.v1 import instance_pb2
 from hypervisor.wire.enums import INSTANCE_TYPE
-from hypervisor.wire.instances import observation_to_wire, spec_from_wire, stats_to_wire
+from hypervisor.wire.instances import observation_to_wire, spec_from_wire
 from hypervisor.wire.nodes import driver_to_wire, resources_to_wire
 from hypervisor.wire.rpc import Call, Handler
+from hypervisor.wire.stats import stats_to_wire
 from hypervisor.wire.times import seconds_of
 
 __all__ = ["AgentService"]
 
 _MAX_GRACE_S = 3600.0
-_MIN_INTERVAL_S = 0.1
-_STATS_ENDED = frozenset({"NOT_RUNNING", "INSTANCE_NOT_FOUND"})
+_MIN_INTERVAL_S = FRESH_S
+_MAX_INTERVAL_S = 60.0
+_DEFAULT_INTERVAL_S = 1.0
+_MAX_HISTORY_S = 3600.0
 
 
 class AgentService:
@@ -43,13 +41,13 @@ class AgentService:
         drivers: DriverHealth,
         resources: ResourceSource,
         consoles: ConsoleStreams,
-        clock: Clock,
+        stats: StatsService,
     ) -> None:
         self._manager = manager
         self._drivers = drivers
         self._resources = resources
         self._consoles = consoles
-        self._clock = clock
+        self._stats = stats
 
     def handlers(self) -> Mapping[str, Handler]:
         """Method name -> handler."""
@@ -126,28 +124,26 @@ class AgentService:
     async def get_instance_stats(
         self, request: agent_pb2.GetInstanceStatsRequest, _: Call
     ) -> instance_pb2.InstanceStats:
-        return stats_to_wire(await self._manager.stats(_instance_id(request.instance_id)))
+        return stats_to_wire(await self._stats.fresh(_instance_id(request.instance_id)))
 
     async def watch_instance_stats(
         self, request: agent_pb2.WatchInstanceStatsRequest, _: Call
     ) -> AsyncIterator[instance_pb2.InstanceStats]:
-        """Samples until the caller cancels or the instance ends; the first failure to sample it is raised."""
+        """Samples until the caller cancels or the instance ends."""
         instance_id = _instance_id(request.instance_id)
-        interval_s = seconds_of(request.interval) if request.HasField("interval") else 1.0
-        if interval_s < _MIN_INTERVAL_S:
-            raise InvalidArgument.of_field("interval", "must be at least 100 ms")
-        yield stats_to_wire(await self._manager.stats(instance_id))
-        due = self._clock.monotonic()
-        while True:
-            due = max(due + interval_s, self._clock.monotonic())
-            await self._clock.sleep(due - self._clock.monotonic())
-            try:
-                sample = await self._manager.stats(instance_id)
-            except (FailedPrecondition, NotFound) as exc:
-                if exc.reason in _STATS_ENDED:
-                    return
-                raise
-            yield stats_to_wire(sample)
+        interval_s = seconds_of(request.interval) if request.HasField("interval") else _DEFAULT_INTERVAL_S
+        history_s = seconds_of(request.history)
+        wrong = []
+        if not _MIN_INTERVAL_S <= interval_s <= _MAX_INTERVAL_S:
+            wrong.append(FieldViolation("interval", "must be from 100 ms to 60 s"))
+        if not 0 <= history_s <= _MAX_HISTORY_S:
+            wrong.append(FieldViolation("history", "must be from 0 to 1 hour"))
+        if wrong:
+            raise InvalidArgument.of_fields(tuple(wrong))
+        samples = self._stats.watch(instance_id, interval_s=interval_s, history_s=history_s)
+        async with aclosing(samples):
+            async for sample in samples:
+                yield stats_to_wire(sample)
 
     async def reconcile(self, _request: agent_pb2.ReconcileRequest, _: Call) -> agent_pb2.ReconcileReply:
         raise Unimplemented(

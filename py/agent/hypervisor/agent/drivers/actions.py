@@ -54,6 +54,9 @@ class Actions:
             phase=Phase.CREATING,
             since=self._instances.clock.now(),
             assignment=assignment,
+            name=assignment.name,
+            project=assignment.project,
+            type=assignment.type,
             start=start,
         )
         await self._instances.journal.put(entry)

@@ -16,7 +16,8 @@ Lifecycle
 ---------
 create -> (start -> stop)* -> delete. Every method is idempotent: a repeat finds its work done and answers the same. A
 create that raises has removed what it made. The manager never runs two methods that change one instance at the same
-time; calls for different instances run concurrently. ``get``, ``list``, ``stats``, ``attach`` may run at any time.
+time; calls for different instances run concurrently. ``get``, ``list``, ``stats_source``, ``attach`` may run
+at any time.
 After the agent's restart ``recover`` is called for each journalled instance before anything else, and running
 instances are never disturbed by it.
 
@@ -31,7 +32,8 @@ from typing import Protocol
 
 import msgspec
 
-from hypervisor.core.model import ConsoleSize, DriverInfo, InstanceSpec, InstanceStats, Observation
+from hypervisor.agent.stats.sources import StatsSource
+from hypervisor.core.model import ConsoleSize, DriverInfo, InstanceSpec, Observation
 from hypervisor.core.states import InstanceType
 
 __all__ = ["VERBS", "Assignment", "Console", "Driver", "Handle"]
@@ -131,8 +133,10 @@ class Driver(Protocol):
         """Everything of ours the runtime has, found by its labels, whoever asked for it."""
         ...
 
-    async def stats(self, instance_id: str) -> InstanceStats:
-        """A fresh sample. ``FailedPrecondition`` (``NOT_RUNNING``)."""
+    async def stats_source(self, instance_id: str) -> StatsSource:
+        """Where its figures are in this run: files of the kernel, or a feed that is asked for many instances at once.
+        Asked once a run; what is there is sampled, kept and told by the agent (:mod:`hypervisor.agent.stats`).
+        ``FailedPrecondition`` (``NOT_RUNNING``)."""
         ...
 
     async def attach(self, instance_id: str) -> Console:

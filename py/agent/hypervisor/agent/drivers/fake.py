@@ -7,8 +7,8 @@ Instances live in memory and, with ``state_dir``, outlive the agent's process as
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from hypervisor.agent.drivers.fake_guest import FakeTerminal, Guest, GuestEnd
 from hypervisor.agent.drivers.fake_state import FakeRecord, FakeStateDirectory
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import FailedPrecondition, InvalidArgument, NotFound
-from hypervisor.core.model import Capability, ConsoleSize, DriverInfo, InstanceStats, Observation
+from hypervisor.core.model import Capability, ConsoleSize, DriverInfo, Observation
 from hypervisor.core.resources import MIB
 from hypervisor.core.states import InstanceStatus, InstanceType
 
@@ -49,7 +49,8 @@ class _Instance:
     guest: Guest | None = None
     timer: asyncio.Task[None] | None = None
     console: "_FakeConsole | None" = None
-    samples: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=2))
+    used: tuple[float, int] | None = None
+    """Processor time in nanoseconds, and when that was."""
 
 
 class _FakeConsole:
@@ -167,12 +168,23 @@ class FakeDriver:
         await self._enter("list")
         return tuple(self._observe(instance) for instance in self._instances.values())
 
-    async def stats(self, instance_id: str) -> InstanceStats:
+    async def stats_source(self, instance_id: str) -> "FakeDriver":
+        """The driver itself is the feed of its instances' figures."""
         await self._enter("stats")
         instance = self._find(instance_id)
         if not instance.record.running or instance.guest is None:
             raise _not_running(instance_id)
-        return self._sample(instance, instance.guest)
+        return self
+
+    async def read(self, instance_ids: Sequence[str]) -> dict[str, dict[str, int]]:
+        """See ``StatsFeed``: made-up figures of those that run. Its faults are those of the verb ``feed``."""
+        await self._enter("feed")
+        found = {}
+        for instance_id in instance_ids:
+            instance = self._instances.get(instance_id)
+            if instance is not None and instance.record.running and instance.guest is not None:
+                found[instance_id] = self._figures(instance, instance.guest)
+        return found
 
     async def attach(self, instance_id: str) -> "_FakeConsole":
         await self._enter("console")
@@ -289,7 +301,7 @@ class FakeDriver:
 
     def _boot(self, instance: _Instance, *, resumed: bool = False) -> None:
         record = instance.record
-        instance.samples.clear()
+        instance.used = None
         guest = Guest(
             instance.terminal,
             memory_limit_bytes=record.assignment.spec.memory_mb * MIB,
@@ -358,28 +370,28 @@ class FakeDriver:
             )
         return instance
 
-    def _sample(self, instance: _Instance, guest: Guest) -> InstanceStats:
+    def _figures(self, instance: _Instance, guest: Guest) -> dict[str, int]:
         now = self._clock.monotonic()
         spec = instance.record.assignment.spec
-        last_at, last_ns = instance.samples[-1] if instance.samples else (now - 1.0, 0)
+        last_at, last_ns = instance.used or (now - 1.0, 0)
         share = spec.cpu_millis / 1000 if guest.busy else _IDLE_SHARE
         cpu_ns = last_ns + max(round((now - last_at) * share * 1e9), 1)
-        instance.samples.append((now, cpu_ns))
-        return InstanceStats(
-            sampled_at=self._clock.now(),
-            cpu_usage_ns=cpu_ns,
-            cpu_used_cores=share,
-            cpu_throttled_periods=0,
-            memory_used_bytes=guest.memory_bytes,
-            memory_working_set_bytes=guest.memory_bytes,
-            memory_limit_bytes=spec.memory_mb * MIB,
-            oom_kills=0,
-            pids=1,
-            block_read_bytes=0,
-            block_write_bytes=0,
-            network_receive_bytes=0,
-            network_transmit_bytes=0,
-        )
+        instance.used = (now, cpu_ns)
+        return {
+            "cpu_usage_ns": cpu_ns,
+            "cpu_periods": 0,
+            "cpu_throttled_periods": 0,
+            "cpu_throttled_ns": 0,
+            "memory_used_bytes": guest.memory_bytes,
+            "memory_working_set_bytes": guest.memory_bytes,
+            "memory_limit_bytes": spec.memory_mb * MIB,
+            "oom_kills": 0,
+            "pids": 1,
+            "block_read_bytes": 0,
+            "block_write_bytes": 0,
+            "network_receive_bytes": 0,
+            "network_transmit_bytes": 0,
+        }
 
     def _observe(self, instance: _Instance) -> Observation:
         record = instance.record

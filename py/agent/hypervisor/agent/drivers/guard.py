@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 import structlog
 
 from hypervisor.agent.drivers.driver import Assignment, Console, Driver, Handle
+from hypervisor.agent.stats.sources import StatsSource
 from hypervisor.core.errors import DeadlineExceeded, HypervisorError, Internal
-from hypervisor.core.model import DriverInfo, InstanceStats, Observation
+from hypervisor.core.model import DriverInfo, Observation
 
 __all__ = ["DriverDeadlines", "GuardedDriver"]
 
@@ -66,8 +67,8 @@ class GuardedDriver:
     async def list(self) -> tuple[Observation, ...]:
         return await self._call("list", self._inner.list(), self._deadlines.query_s)
 
-    async def stats(self, instance_id: str) -> InstanceStats:
-        return await self._call("stats", self._inner.stats(instance_id), self._deadlines.query_s)
+    async def stats_source(self, instance_id: str) -> StatsSource:
+        return await self._call("stats", self._inner.stats_source(instance_id), self._deadlines.query_s)
 
     async def attach(self, instance_id: str) -> Console:
         return await self._call("attach", self._inner.attach(instance_id), self._deadlines.query_s)

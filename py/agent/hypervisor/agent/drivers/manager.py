@@ -22,9 +22,10 @@ from hypervisor.agent.drivers.health import DriverHealth
 from hypervisor.agent.drivers.instances import InstanceRef, LocalInstances, Slot
 from hypervisor.agent.drivers.recovery import Recovery
 from hypervisor.agent.entries import Entry, Phase
+from hypervisor.agent.stats.sources import StatsSource
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import HypervisorError, Internal, NotFound, Unavailable
-from hypervisor.core.model import InstanceStats, Observation
+from hypervisor.core.model import Observation
 from hypervisor.core.retry import Backoff
 from hypervisor.core.states import InstanceStatus
 
@@ -152,11 +153,17 @@ class Manager:
         """The same, as new observations: the server may have lost sight of the node."""
         return self._instances.see_again()
 
-    async def stats(self, instance_id: str) -> InstanceStats:
-        """A fresh sample. NotFound, FailedPrecondition (``NOT_RUNNING``)."""
+    async def stats_source(self, instance_id: str) -> StatsSource:
+        """Where the instance's figures are; for the statistics service only. NotFound, FailedPrecondition
+        (``NOT_RUNNING``)."""
         entry = self._entry_of(instance_id)
         self._drivers.require(entry.driver, "stats")
-        return await self._drivers.named(entry.driver).stats(instance_id)
+        return await self._drivers.named(entry.driver).stats_source(instance_id)
+
+    def described(self, instance_id: str) -> Entry | None:
+        """What the node knows of an instance; None for one that is not here."""
+        slot = self._instances.find(instance_id)
+        return None if slot is None else slot.entry
 
     async def attach(self, instance_id: str) -> Console:
         """The driver's one console of the instance; for the console hubs only."""
@@ -169,10 +176,6 @@ class Manager:
         entry = self._entry_of(instance_id)
         seen = self._instances.book.newest(instance_id)
         return seen if seen is not None else await self._drivers.named(entry.driver).get(instance_id)
-
-    def running(self) -> tuple[str, ...]:
-        """Ids of instances that run, as seen last."""
-        return tuple(seen.instance_id for seen in self.last_seen() if seen.status is InstanceStatus.RUNNING)
 
     # -- the rules ---------------------------------------------------------------------------------------------
 

@@ -1,10 +1,12 @@
-"""Where the control group of a process is: cgroup v1, v2 and the hybrid of both. Pure, over what /proc says."""
+"""Where the control group of a process is: cgroup v1, v2 and the hybrid of both; and what is read there."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["CgroupPaths", "cgroup_paths", "expected_paths", "uses_v2"]
+from hypervisor.ext.stats_sampler import Sampler, Sources
+
+__all__ = ["CgroupPaths", "cgroup_paths", "expected_paths", "read_oom_kills", "sampler_sources", "uses_v2"]
 
 _CONTROLLERS = ("cpuacct", "cpu", "memory", "blkio", "pids")
 
@@ -53,3 +55,22 @@ def expected_paths(cgroup: str, *, root: Path) -> CgroupPaths:
     if uses_v2(root):
         return CgroupPaths(root / relative, {})
     return CgroupPaths(None, {controller: root / controller / relative for controller in _CONTROLLERS})
+
+
+def sampler_sources(paths: CgroupPaths, *, pid: int, proc_root: Path) -> Sources:
+    """What the sampler reads of a control group, and of the network of the process ``pid`` in it."""
+    return Sources(
+        cgroup2=paths.unified, cgroup1=paths.controllers, net_dev=proc_root / str(pid) / "net" / "dev"
+    )
+
+
+def read_oom_kills(paths: CgroupPaths) -> int | None:
+    """How many processes of the control group the kernel killed for lack of memory; None when it is gone."""
+    with Sampler(history=1) as sampler:
+        try:
+            slot = sampler.add(Sources(cgroup2=paths.unified, cgroup1=paths.controllers))
+        except OSError:
+            return None
+        sampler.sample(slot, 0, 0)
+        record = sampler.latest(slot)
+    return None if record is None else record.oom_kills

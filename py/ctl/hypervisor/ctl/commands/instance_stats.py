@@ -23,21 +23,42 @@ _SAMPLE_WIDTH = 8
 @click.argument("instance", type=NAME("instance"))
 @click.option("-w", "--watch", is_flag=True, help="A line for each sample, until the instance ends.")
 @click.option(
-    "--interval", type=DURATION, metavar="DURATION", help="Time between samples of --watch. Default: 1s."
+    "--interval",
+    type=DURATION,
+    metavar="DURATION",
+    help="Time between samples of --watch, 100ms to 60s. Default: 1s.",
+)
+@click.option(
+    "--history",
+    type=DURATION,
+    metavar="DURATION",
+    help="Begin --watch with the samples of this long ago until now, as far as the node has them. At most 1h.",
 )
 @project_option
 @formatted
 @connected
 @pass_invocation
 def stats(
-    invocation: Invocation, *, instance: str, watch: bool, interval: float | None, project: str
+    invocation: Invocation,
+    *,
+    instance: str,
+    watch: bool,
+    interval: float | None,
+    history: float | None,
+    project: str,
 ) -> None:
-    """Show what an instance uses: processor, memory, processes, block devices and network."""
+    """Show what an instance uses: processor, memory, processes, block devices and network.
+
+    Times of day are UTC; what ends in /S is per second, since the sample before. -o wide adds totals, throttling, and
+    the share of time in which it waited for a resource.
+    """
     session = invocation.session()
     if watch:
         request = WatchInstanceStatsRequest(instance=instance, project=project)
         if interval is not None:
             request.interval.FromNanoseconds(int(interval * 1e9))
+        if history is not None:
+            request.history.FromNanoseconds(int(history * 1e9))
         timeout_s = invocation.timeout_s
         with translated(session.server):
             samples = session.compute.WatchInstanceStats(
@@ -48,6 +69,8 @@ def stats(
         return
     if interval is not None:
         raise click.UsageError("--interval goes with --watch")
+    if history is not None:
+        raise click.UsageError("--history goes with --watch")
     sample = session.read(
         session.compute.GetInstanceStats,
         GetInstanceStatsRequest(instance=instance, project=project),
@@ -69,7 +92,7 @@ def _print_sample(invocation: Invocation, instance: str, sample: InstanceStats, 
     on_terminal = sys.stdout.isatty()
     headers = invocation.headers and (number == 0 or (on_terminal and number % _HEADINGS_EVERY == 0))
     lines = render(
-        stats_columns(instance),
+        stats_columns(instance, timed=True),
         [sample],
         wide=invocation.output == "wide",
         headers=True,

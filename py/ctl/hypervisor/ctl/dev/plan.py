@@ -139,6 +139,8 @@ class Plan:
                 "server_address": [self.server_address],
                 "data_dir": str(self.layout.data("agent")),
             },
+            # Any free port, which the agent's log names: several clusters can share a machine.
+            "metrics": {"address": "127.0.0.1:0"},
             "log": {"format": "json"},
         }
         if not self.simulated:

@@ -1,6 +1,6 @@
 """The tables: which columns each kind of object has, and which of them only ``-o wide`` shows."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from hypervisor.ctl.display import cells
@@ -9,13 +9,14 @@ from hypervisor.ctl.quantities import readable_bytes
 
 if TYPE_CHECKING:
     from hypervisor.v1.cluster_pb2 import Event
-    from hypervisor.v1.instance_pb2 import Instance, InstanceStats
+    from hypervisor.v1.instance_pb2 import Instance, InstanceStats, Pressure
     from hypervisor.v1.node_pb2 import Node
     from hypervisor.v1.operation_pb2 import Operation
 
 __all__ = ["event_columns", "instance_columns", "node_columns", "operation_columns", "stats_columns"]
 
 _MIB = 1 << 20
+_TIME: "Column[InstanceStats]" = Column("TIME", lambda s: s.sampled_at.ToJsonString()[11:19])
 
 
 def instance_columns(now_s: float, hostnames: Mapping[str, str]) -> "list[Column[Instance]]":
@@ -122,34 +123,50 @@ def event_columns() -> "list[Column[Event]]":
     ]
 
 
-def stats_columns(name: str) -> "list[Column[InstanceStats]]":
-    """Samples of one instance. What its driver cannot know is ``-``."""
+def stats_columns(name: str, *, timed: bool = False) -> "list[Column[InstanceStats]]":
+    """Samples of one instance; ``timed`` shows when each was made. What its driver cannot know is ``-``."""
 
-    def given(stats: "InstanceStats", field: str) -> str:
-        return str(getattr(stats, field)) if stats.HasField(field) else ""  # type: ignore[arg-type]
+    def given(field: str) -> "Callable[[InstanceStats], str]":
+        return lambda s: str(getattr(s, field)) if s.HasField(field) else ""  # type: ignore[arg-type]
 
-    def size(stats: "InstanceStats", field: str) -> str:
-        return readable_bytes(getattr(stats, field)) if stats.HasField(field) else ""  # type: ignore[arg-type]
+    def size(field: str) -> "Callable[[InstanceStats], str]":
+        return lambda s: readable_bytes(round(getattr(s, field))) if s.HasField(field) else ""  # type: ignore[arg-type]
 
+    def seconds(field: str) -> "Callable[[InstanceStats], str]":
+        return lambda s: f"{getattr(s, field) / 1e9:.2f}s" if s.HasField(field) else ""  # type: ignore[arg-type]
+
+    def waited(field: str) -> "Callable[[InstanceStats], str]":
+        return lambda s: _percent(getattr(s, field))
+
+    when = [_TIME] if timed else []
     return [
         Column("NAME", lambda s: name),
+        *when,
         Column(
             "CPU", lambda s: f"{s.cpu_used_cores:.3f}" if s.HasField("cpu_used_cores") else "", right=True
         ),
-        Column(
-            "CPU TIME",
-            lambda s: f"{s.cpu_usage_ns / 1e9:.2f}s" if s.HasField("cpu_usage_ns") else "",
-            right=True,
-        ),
-        Column("MEMORY", lambda s: size(s, "memory_used_bytes"), right=True),
-        Column("WORKING SET", lambda s: size(s, "memory_working_set_bytes"), right=True),
-        Column("LIMIT", lambda s: size(s, "memory_limit_bytes"), right=True),
-        Column("PIDS", lambda s: given(s, "pids"), right=True),
-        Column("OOM KILLS", lambda s: given(s, "oom_kills"), right=True),
-        Column("THROTTLED", lambda s: given(s, "cpu_throttled_periods"), wide=True, right=True),
-        Column("READ", lambda s: size(s, "block_read_bytes"), wide=True, right=True),
-        Column("WRITTEN", lambda s: size(s, "block_write_bytes"), wide=True, right=True),
-        Column("RECEIVED", lambda s: size(s, "network_receive_bytes"), wide=True, right=True),
-        Column("SENT", lambda s: size(s, "network_transmit_bytes"), wide=True, right=True),
+        Column("CPU TIME", seconds("cpu_usage_ns"), right=True),
+        Column("MEMORY", size("memory_used_bytes"), right=True),
+        Column("WORKING SET", size("memory_working_set_bytes"), right=True),
+        Column("LIMIT", size("memory_limit_bytes"), right=True),
+        Column("PIDS", given("pids"), right=True),
+        Column("READ/S", size("block_read_bytes_per_second"), right=True),
+        Column("WRITTEN/S", size("block_write_bytes_per_second"), right=True),
+        Column("RECEIVED/S", size("network_receive_bytes_per_second"), right=True),
+        Column("SENT/S", size("network_transmit_bytes_per_second"), right=True),
+        Column("OOM KILLS", given("oom_kills"), wide=True, right=True),
+        Column("THROTTLED", seconds("cpu_throttled_ns"), wide=True, right=True),
+        Column("SWAP", size("memory_swap_bytes"), wide=True, right=True),
+        Column("READ", size("block_read_bytes"), wide=True, right=True),
+        Column("WRITTEN", size("block_write_bytes"), wide=True, right=True),
+        Column("RECEIVED", size("network_receive_bytes"), wide=True, right=True),
+        Column("SENT", size("network_transmit_bytes"), wide=True, right=True),
+        Column("CPU WAIT", waited("cpu_pressure"), wide=True, right=True),
+        Column("MEMORY WAIT", waited("memory_pressure"), wide=True, right=True),
+        Column("IO WAIT", waited("io_pressure"), wide=True, right=True),
         Column("SAMPLED", lambda s: s.sampled_at.ToJsonString(), wide=True),
     ]
+
+
+def _percent(pressure: "Pressure") -> str:
+    return f"{pressure.some_share * 100:.1f}%" if pressure.HasField("some_share") else ""

@@ -146,6 +146,7 @@ def node_details(node: "Node", *, now_s: float) -> str:
                 "Disk",
                 f"{cells.memory_of(held.disk_bytes, has.disk_bytes)} reserved, {readable_bytes(has.disk_used)} used",
             ),
+            ("Instances use", _instances_use(node)),
             ("Agent", node.agent_version),
             ("Heartbeat", _moment(node.last_heartbeat_at, now_s)),
             ("Registered", _moment(node.created_at, now_s)),
@@ -166,6 +167,22 @@ def node_details(node: "Node", *, now_s: float) -> str:
             if not c.supported
         ]
     return "\n".join(lines)
+
+
+def _instances_use(node: "Node") -> str:
+    """What the node's instances use together; empty where the server has not heard it."""
+    if not node.HasField("usage") or not node.usage.sampled:
+        return ""
+    use = node.usage
+    return (
+        f"{use.cpu_used_cores:.2f} cores, {readable_bytes(use.memory_used_bytes)} memory "
+        f"({readable_bytes(use.memory_working_set_bytes)} working set), "
+        f"disk {readable_bytes(round(use.block_read_bytes_per_second))}/s read and "
+        f"{readable_bytes(round(use.block_write_bytes_per_second))}/s written, "
+        f"network {readable_bytes(round(use.network_receive_bytes_per_second))}/s in and "
+        f"{readable_bytes(round(use.network_transmit_bytes_per_second))}/s out, {use.pids} processes "
+        f"({use.sampled} of {use.running} running instances sampled)"
+    )
 
 
 def operation_details(operation: "Operation", *, now_s: float) -> str:

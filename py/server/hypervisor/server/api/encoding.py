@@ -15,9 +15,10 @@ from hypervisor.core.clock import Clock
 from hypervisor.core.model import Instance, InstanceStats, Node, OperationRecord
 from hypervisor.server.services import ClusterView, Instances, Kind, Nodes, Versioned
 from hypervisor.v1 import cluster_pb2, compute_pb2, instance_pb2, node_pb2, operation_pb2
-from hypervisor.wire.instances import instance_to_wire, stats_to_wire
+from hypervisor.wire.instances import instance_to_wire
 from hypervisor.wire.nodes import node_to_wire
 from hypervisor.wire.operations import operation_to_wire
+from hypervisor.wire.stats import stats_to_wire
 from hypervisor.wire.times import timestamp_of
 
 __all__ = ["Encoder", "InstanceBytes", "encoded_event", "encoded_list"]
@@ -111,12 +112,13 @@ class Encoder:
     def node(self, found: Versioned[Node]) -> node_pb2.Node:
         """A Node with its reservation and the newest use this server knows."""
         usage = self._nodes.usage(found.value.id)
-        heard_at = None if usage is None else self._clock.now() - timedelta(seconds=usage[1])
+        heard_at = None if usage is None else self._clock.now() - timedelta(seconds=usage.age_s)
         return node_to_wire(
             found.value,
             resource_version=found.revision,
             allocation=self._view.allocation(found.value.id),
-            usage=None if usage is None else usage[0],
+            resources=None if usage is None else usage.resources,
+            usage=None if usage is None else usage.instances,
             last_heartbeat_at=heard_at,
         )
 

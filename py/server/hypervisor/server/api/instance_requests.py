@@ -21,7 +21,7 @@ __all__ = [
     "draft_of",
     "read_ref_of",
     "ref_of",
-    "stats_interval",
+    "stats_spans",
     "stop_options",
     "versioned_ref_of",
 ]
@@ -29,6 +29,8 @@ __all__ = [
 MAX_GRACE_S = 3600.0
 DEFAULT_GRACE_S = 10.0
 DEFAULT_INTERVAL_S = 1.0
+MAX_INTERVAL_S = 60.0
+MAX_HISTORY_S = 3600.0
 
 _MAX_CPU_CORES = 1024
 _MEMORY_MB = (4, 16_777_216)
@@ -282,11 +284,12 @@ def stop_options(
     return StopOptions(grace_s=0.0 if options.force else grace_s)
 
 
-def stats_interval(request: compute_pb2.WatchInstanceStatsRequest, wrong: Violations) -> float:
-    """Seconds between samples."""
-    if not request.HasField("interval"):
-        return DEFAULT_INTERVAL_S
-    return wrong.seconds("interval", request.interval, at_least=0.1, at_most=3600.0)
+def stats_spans(request: compute_pb2.WatchInstanceStatsRequest, wrong: Violations) -> tuple[float, float]:
+    """Seconds between samples, and seconds of the past to begin with."""
+    interval_s = DEFAULT_INTERVAL_S
+    if request.HasField("interval"):
+        interval_s = wrong.seconds("interval", request.interval, at_least=0.1, at_most=MAX_INTERVAL_S)
+    return interval_s, wrong.seconds("history", request.history, at_least=0.0, at_most=MAX_HISTORY_S)
 
 
 def console_size(field: str, size: instance_pb2.ConsoleInput.Resize, wrong: Violations) -> ConsoleSize:

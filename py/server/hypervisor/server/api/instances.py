@@ -12,7 +12,7 @@ from hypervisor.server.api.instance_requests import (
     draft_of,
     read_ref_of,
     ref_of,
-    stats_interval,
+    stats_spans,
     stop_options,
     versioned_ref_of,
 )
@@ -21,7 +21,7 @@ from hypervisor.server.api.rpc import Call, Handler
 from hypervisor.server.api.violations import Violations
 from hypervisor.server.services import ClusterView, InstanceRef, Instances, Mutation, Versioned
 from hypervisor.v1 import compute_pb2, instance_pb2, operation_pb2
-from hypervisor.wire.instances import stats_to_wire
+from hypervisor.wire.stats import stats_to_wire
 
 __all__ = ["InstanceHandlers"]
 
@@ -153,9 +153,9 @@ class InstanceHandlers:
     ) -> AsyncIterator[instance_pb2.InstanceStats]:
         wrong = Violations()
         ref = ref_of(request, wrong=wrong)
-        interval_s = stats_interval(request, wrong)
+        interval_s, history_s = stats_spans(request, wrong)
         wrong.check()
-        samples = self._instances.watch_stats(ref, call.caller, interval_s=interval_s)
+        samples = self._instances.watch_stats(ref, call.caller, interval_s=interval_s, history_s=history_s)
         async with aclosing(samples):
             async for sample in samples:
                 yield stats_to_wire(sample)

@@ -5,20 +5,30 @@ from collections.abc import Iterable, Mapping
 
 from hypervisor.core.errors import InvalidArgument
 from hypervisor.core.ids import is_id
-from hypervisor.core.model import DriverInfo, InstanceStats, NodeResources, Observation
+from hypervisor.core.model import DriverInfo, InstanceStats, InstancesUsage, NodeResources, Observation
 from hypervisor.core.names import check_hostname, check_labels
 from hypervisor.core.states import NodeRole
 from hypervisor.server.api.violations import Violations
 from hypervisor.server.services import NodeRegistration
 from hypervisor.v1 import cluster_pb2, instance_pb2, node_pb2
 from hypervisor.wire.enums import NODE_ROLE
-from hypervisor.wire.instances import observation_from_wire, stats_from_wire
+from hypervisor.wire.instances import observation_from_wire
 from hypervisor.wire.nodes import driver_from_wire, resources_from_wire
+from hypervisor.wire.stats import stats_from_wire, usage_from_wire
 
-__all__ = ["checked_resources", "drivers_of", "observations_of", "registration_of", "samples_of"]
+__all__ = [
+    "checked_resources",
+    "checked_usage",
+    "drivers_of",
+    "observations_of",
+    "registration_of",
+    "samples_of",
+]
 
 DEFAULT_PLACE = "default"
 _RESERVED_LABELS = "hypervisor/"
+MAX_SAMPLES = 2000
+"""Of a heartbeat."""
 _OUTPUT_ONLY = (
     "status",
     "created_at",
@@ -27,6 +37,7 @@ _OUTPUT_ONLY = (
     "schedulable",
     "status_message",
     "last_heartbeat_at",
+    "usage",
     "resource_version",
 )
 
@@ -93,6 +104,15 @@ def checked_resources(wrong: Violations, field: str, resources: node_pb2.NodeRes
     return resources_from_wire(resources)
 
 
+def checked_usage(wrong: Violations, field: str, usage: node_pb2.InstancesUsage) -> InstancesUsage:
+    """What a node's instances use: nothing negative, nothing absurd. Zero for what is wrong."""
+    for descriptor, value in usage.ListFields():
+        if not (math.isfinite(value) and 0 <= value <= 1 << 62):
+            wrong.add(f"{field}.{descriptor.name}", f"is {value:g}: use 0 or more")
+            return InstancesUsage()
+    return usage_from_wire(usage)
+
+
 def drivers_of(
     wrong: Violations, field: str, drivers: Iterable[node_pb2.DriverInfo]
 ) -> tuple[DriverInfo, ...]:
@@ -122,7 +142,10 @@ def observations_of(
 def samples_of(
     wrong: Violations, samples: Mapping[str, instance_pb2.InstanceStats]
 ) -> dict[str, InstanceStats]:
-    """Newest samples by instance id."""
+    """Newest samples by instance id, at most ``MAX_SAMPLES``."""
+    if len(samples) > MAX_SAMPLES:
+        wrong.add("stats", f"has {len(samples)} samples: send at most {MAX_SAMPLES}")
+        return {}
     found = {}
     for instance_id, message in samples.items():
         try:

@@ -14,6 +14,7 @@ from hypervisor.server.api.encoding import Encoder
 from hypervisor.server.api.listing import Field, Listing, ListQuery, PageMemo, sortable_time
 from hypervisor.server.api.node_requests import (
     checked_resources,
+    checked_usage,
     drivers_of,
     observations_of,
     registration_of,
@@ -142,8 +143,11 @@ class NodeHandlers:
         wrong.object_name("node_id", request.node_id, "node's id")
         resources = checked_resources(wrong, "resources", request.resources)
         samples = samples_of(wrong, request.stats)
+        usage = checked_usage(wrong, "usage", request.usage)
         wrong.check()
-        times = await self._nodes.heartbeat(request.node_id, request.incarnation, resources, samples)
+        times = await self._nodes.heartbeat(
+            request.node_id, request.incarnation, resources, samples, usage=usage
+        )
         return cluster_pb2.HeartbeatResponse(
             heartbeat_interval=duration_of(times.interval_s), heartbeat_timeout=duration_of(times.timeout_s)
         )
@@ -269,7 +273,7 @@ class NodeHandlers:
     def _use_of(self, node: Node) -> NodeResources:
         usage = self._nodes.usage(node.id)
         if usage is not None:
-            return usage[0]
+            return usage.resources
         return NodeResources(
             cpu_millis=node.capacity.cpu_millis,
             memory_bytes=node.capacity.memory_bytes,

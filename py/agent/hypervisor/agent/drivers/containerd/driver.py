@@ -30,7 +30,8 @@ from hypervisor.agent.drivers.containerd.swap_limit import forbid_swap, specific
 from hypervisor.agent.drivers.containerd.tracking import DRIVER_NAME, Live, Tracker
 from hypervisor.agent.drivers.containerd.uninterrupted import uninterrupted
 from hypervisor.agent.drivers.driver import VERBS, Assignment, Console, Handle
-from hypervisor.agent.stats.sampler import CgroupSampler
+from hypervisor.agent.stats.cgroups import sampler_sources
+from hypervisor.agent.stats.sources import StatsSource
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import (
     AlreadyExists,
@@ -41,7 +42,7 @@ from hypervisor.core.errors import (
     NotFound,
 )
 from hypervisor.core.ids import IdSource
-from hypervisor.core.model import Capability, ConsoleSize, DriverInfo, InstanceStats, Observation
+from hypervisor.core.model import Capability, ConsoleSize, DriverInfo, Observation
 from hypervisor.core.names import shorten
 from hypervisor.core.states import InstanceType
 
@@ -320,22 +321,15 @@ class ContainerdDriver:
         """Every container with our labels."""
         return await self._tracker.list()
 
-    async def stats(self, instance_id: str) -> InstanceStats:
-        """A sample of its control group and network namespace."""
+    async def stats_source(self, instance_id: str) -> StatsSource:
+        """Its control group and the network namespace of its process."""
         live = await self._tracker.known(instance_id)
-        if live.sampler is None:
-            state = await self._tracker.running(instance_id)
-            live.pid = state.pid
-            paths = live.cgroup or self._tracker.locate(state.pid)
-            if paths is None:
-                raise self._tracker.not_running(instance_id)
-            if live.sampler is None:
-                live.sampler = CgroupSampler(paths, pid=state.pid, proc_root=self._config.proc_root)
-        try:
-            return live.sampler.sample(self._clock)
-        except OSError as exc:
-            live.forget_run()
-            raise self._tracker.not_running(instance_id) from exc
+        state = await self._tracker.running(instance_id)
+        live.pid = state.pid
+        paths = live.cgroup or self._tracker.locate(state.pid)
+        if paths is None:
+            raise self._tracker.not_running(instance_id)
+        return sampler_sources(paths, pid=state.pid, proc_root=self._config.proc_root)
 
     async def attach(self, instance_id: str) -> Console:
         """Its terminal; one that ended by itself can be attached to while there is output nobody has read."""

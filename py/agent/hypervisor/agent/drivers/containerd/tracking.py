@@ -18,8 +18,7 @@ from hypervisor.agent.drivers.containerd.keyed_locks import KeyedLocks
 from hypervisor.agent.drivers.containerd.labels import INSTANCE_ID, Record
 from hypervisor.agent.drivers.containerd.observing import TaskPhase, TaskState, end_of_run, observe
 from hypervisor.agent.drivers.containerd.runtime import Mounts, Runtime
-from hypervisor.agent.stats.cgroups import CgroupPaths, cgroup_paths, expected_paths
-from hypervisor.agent.stats.sampler import CgroupSampler, read_oom_kills
+from hypervisor.agent.stats.cgroups import CgroupPaths, cgroup_paths, expected_paths, read_oom_kills
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import FailedPrecondition, HypervisorError, NotFound, Unavailable
 from hypervisor.core.model import Observation
@@ -44,15 +43,12 @@ class Live:
     mounts: Mounts | None = None
     never_started: bool = False
     cgroup: CgroupPaths | None = None
-    sampler: CgroupSampler | None = None
     pid: int = 0
     console: FifoConsole | None = None
 
     def forget_run(self) -> None:
         """Drop what belonged to the run that ended."""
-        if self.sampler is not None:
-            self.sampler.close()
-        self.sampler, self.cgroup, self.pid = None, None, 0
+        self.cgroup, self.pid = None, 0
 
 
 class Tracker:
