@@ -137,9 +137,12 @@ class TestLifecycle:
             async for _ in watch:
                 pass
             stats.observed(await driver.get(made.instance_id))
-            again = await stats.fresh(made.instance_id)
-            assert again.cpu_usage_ns is not None
-            assert again.cpu_usage_ns < (after.cpu_usage_ns or 0)
+            past = stats.watch(made.instance_id, interval_s=0.1, history_s=3600.0)
+            first = await anext(past)
+            await past.aclose()
+            assert (first.pids, first.cpu_used_cores) == (1, None), (
+                "a history of its own, from its first sample"
+            )
 
             await driver.stop(made.instance_id, grace_s=0.0)
             stats.observed(await driver.get(made.instance_id))

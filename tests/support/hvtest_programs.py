@@ -134,6 +134,7 @@ class ProgramCluster:
         self.directory = Path(tempfile.mkdtemp(prefix="hv-", dir="/tmp"))
         self.port = free_port()
         self.agent_port = free_port()
+        self.metrics_port = free_port()
         self.address = f"127.0.0.1:{self.port}"
         self.hostname = "e2e-node"
         # A name of its own in cgroups, which several clusters of this machine share.
@@ -176,7 +177,7 @@ class ProgramCluster:
                 "containerd.console_root": str(self.directory / "consoles"),
                 "images.archive_roots": str(self.images),
                 "drivers.health_interval": "1s",
-                "metrics.address": "127.0.0.1:0",
+                "metrics.address": f"127.0.0.1:{self.metrics_port}",
             }
             | dict(agent_keys or {}),
         )

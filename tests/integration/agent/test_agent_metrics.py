@@ -2,13 +2,16 @@
 
 import re
 import socket
+import ssl
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
 from hvtest_agent_waiting import within
+from hvtest_certificates import Authority, require_openssl
 from hypervisor.agent.metrics.http import MetricsServer
 from hypervisor.agent.metrics.instances import INSTANCE_FAMILIES
 from hypervisor.agent.metrics.node import NODE_FAMILIES
@@ -16,6 +19,7 @@ from hypervisor.agent.metrics.text import Family, labels_text, rendered
 from hypervisor.agent.v1 import agent_pb2
 from hypervisor.core.errors import FailedPrecondition
 from hypervisor.core.ids import new_id
+from hypervisor.core.tls import ClientAuth, ServerTls, server_ssl_context
 from hypervisor.v1 import instance_pb2
 
 StartAgent = Callable[..., Any]
@@ -138,6 +142,28 @@ async def test_an_address_in_use_is_named() -> None:
                 pass
 
     assert caught.value.reason == "ADDRESS_IN_USE"
+
+
+async def test_with_tls_only_holders_of_a_certificate_are_answered(tmp_path: Path) -> None:
+    require_openssl()
+    authority = Authority(tmp_path)
+    pair, prometheus = authority.pair("node-1"), authority.pair("prometheus")
+    tls = ServerTls(pair.cert_file, pair.key_file, authority.ca_file, ClientAuth.REQUIRE)
+
+    async def text() -> bytes:
+        return b"x 1\n"
+
+    known = ssl.create_default_context(cafile=str(authority.ca_file))
+    known.load_cert_chain(prometheus.cert_file, prometheus.key_file)
+    stranger = ssl.create_default_context(cafile=str(authority.ca_file))
+    async with (
+        MetricsServer("127.0.0.1:0", tls=server_ssl_context(tls), text=text) as served,
+        aiohttp.ClientSession(f"https://127.0.0.1:{served.port}") as http,
+    ):
+        answer = await http.get("/metrics", ssl=known)
+        assert (answer.status, await answer.text()) == (200, "x 1\n")
+        with pytest.raises(aiohttp.ClientError):
+            await http.get("/metrics", ssl=stranger)
 
 
 def test_names_are_escaped() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import subprocess
 import sys
 import uuid
@@ -17,6 +18,7 @@ from hypervisor.agent.stats.cgroups import CgroupPaths, expected_paths, sampler_
 from hypervisor.agent.stats.service import StatsService
 from hypervisor.agent.stats.sources import StatsSource
 from hypervisor.core.clock import SystemClock
+from hypervisor.core.errors import FailedPrecondition
 from hypervisor.core.model import Observation
 from hypervisor.core.states import InstanceStatus
 
@@ -69,14 +71,28 @@ def groups() -> Iterator[Groups]:
     made.close()
 
 
+@pytest.fixture(autouse=True)
+def many_files() -> Iterator[None]:
+    """As the agent does at its start: as many open files as the system lets."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 class Node:
     """The service over these groups."""
 
-    def __init__(self, groups: Groups) -> None:
+    def __init__(self, groups: Groups, *, max_open_files: int = 100_000) -> None:
         self.groups = groups
         self.pids: dict[str, int] = {}
         self.stats = StatsService(
-            locate=self._locate, clock=SystemClock(), interval_s=0.1, slow_interval_s=1.0, history=20
+            locate=self._locate,
+            clock=SystemClock(),
+            interval_s=0.1,
+            slow_interval_s=1.0,
+            history=20,
+            max_open_files=max_open_files,
         )
 
     async def _locate(self, instance_id: str) -> StatsSource:
@@ -98,8 +114,8 @@ class Node:
 
 
 @asynccontextmanager
-async def running(groups: Groups) -> AsyncIterator[Node]:
-    node = Node(groups)
+async def running(groups: Groups, *, max_open_files: int = 100_000) -> AsyncIterator[Node]:
+    node = Node(groups, max_open_files=max_open_files)
     task = asyncio.ensure_future(node.stats.run())
     try:
         yield node
@@ -121,7 +137,7 @@ async def test_hundreds_come_and_go_without_a_leak(groups: Groups) -> None:
             for instance_id in ids:
                 groups.make(instance_id)
                 node.tell(instance_id, InstanceStatus.RUNNING)
-            await until(lambda: node.stats.usage().sampled == MANY, what="all are sampled")
+            await until(lambda: node.stats.usage().sampled == MANY, what="all are sampled", timeout_s=60.0)
             assert descriptors() - before >= MANY * 4
 
             # A third ends as it should, a third is gone before anybody says so, a third is deleted at once.
@@ -129,7 +145,9 @@ async def test_hundreds_come_and_go_without_a_leak(groups: Groups) -> None:
                 if number % 3 == 0:
                     node.tell(instance_id, InstanceStatus.STOPPED)
                 groups.remove(instance_id)
-            await until(lambda: node.stats.open_files == 0, what="the removed ones are noticed")
+            await until(
+                lambda: node.stats.open_files == 0, what="the removed ones are noticed", timeout_s=60.0
+            )
             for number, instance_id in enumerate(ids):
                 if number % 3 == 1:
                     node.tell(instance_id, InstanceStatus.STOPPED)
@@ -138,6 +156,20 @@ async def test_hundreds_come_and_go_without_a_leak(groups: Groups) -> None:
             assert descriptors() - before <= 4, "the service's thread, and nothing of the instances"
         assert (node.stats.running, node.stats.usage().sampled) == (0, 0)
     assert descriptors() <= before + 2
+
+
+async def test_no_more_files_are_opened_than_the_agent_can_spare(groups: Groups) -> None:
+    async with running(groups, max_open_files=60) as node:
+        for number in range(20):
+            groups.make(f"i-{number}")
+            node.tell(f"i-{number}", InstanceStatus.RUNNING)
+        await until(lambda: node.stats.failures > 0, what="some are left out")
+        with pytest.raises(FailedPrecondition, match="LimitNOFILE"):
+            await node.stats.fresh("i-19")
+
+        usage = node.stats.usage()
+        assert 0 < node.stats.open_files <= 60
+        assert (usage.running, 2 <= usage.sampled <= 12) == (20, True)
 
 
 async def test_a_stop_closes_the_files_at_once(groups: Groups) -> None:

@@ -403,7 +403,7 @@ def test_watched_stats_may_begin_with_the_past_and_show_when_each_was(server, ct
     assert (request.history.seconds, request.interval.seconds) == (300, 2)
     heading, first, *_ = watched.out.splitlines()
     assert heading.split()[:3] == ["NAME", "TIME", "CPU"]
-    assert (len(first.split()[1]), first.split()[2]) == (8, "0.250")
+    assert (len(first.split()[1]), first.split()[2]) == (10, "0.250")
 
 
 @pytest.mark.parametrize("option", ["--interval", "--history"])

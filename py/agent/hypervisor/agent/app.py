@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import resource
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -162,6 +163,7 @@ class _Agent:
             interval_s=settings.stats.interval,
             slow_interval_s=settings.stats.slow_interval,
             history=settings.stats.history,
+            max_open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0] * 3 // 4,
         )
         instances = LocalInstances(
             journal=journal,

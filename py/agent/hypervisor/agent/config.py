@@ -170,7 +170,7 @@ class StatsSection(Section):
         default=300,
         ge=1,
         le=100_000,
-        description="Samples kept of each instance, some 350 bytes each; 300 of them at 1 s are 5 minutes.",
+        description="Samples kept of each instance, some 350 bytes each: 300 of them at 1 s are 5 minutes and 100 KB.",
     )
 
     @pydantic.model_validator(mode="after")

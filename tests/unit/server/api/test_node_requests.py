@@ -6,7 +6,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from hypervisor.core.errors import InvalidArgument
 from hypervisor.core.ids import new_id
 from hypervisor.core.states import NodeRole
-from hypervisor.server.api.node_requests import registration_of, samples_of
+from hypervisor.server.api.node_requests import checked_usage, registration_of, samples_of
 from hypervisor.server.api.violations import Violations
 from hypervisor.v1 import cluster_pb2, instance_pb2, node_pb2
 
@@ -104,4 +104,30 @@ def test_samples_without_a_time_are_refused() -> None:
     samples_of(wrong, {"i": instance_pb2.InstanceStats(pids=1)})
 
     with pytest.raises(InvalidArgument, match=r"stats\.sampled_at"):
+        wrong.check()
+
+
+def test_more_samples_than_a_heartbeat_carries_are_refused() -> None:
+    wrong = Violations()
+    sample = instance_pb2.InstanceStats(pids=1)
+    sample.sampled_at.seconds = 1
+    samples_of(wrong, {f"i-{n}": sample for n in range(2001)})
+
+    with pytest.raises(InvalidArgument, match="has 2001 samples: send at most 2000"):
+        wrong.check()
+
+
+@pytest.mark.parametrize(
+    ("usage", "field"),
+    [
+        (node_pb2.InstancesUsage(running=-1), r"usage\.running"),
+        (node_pb2.InstancesUsage(running=1, cpu_used_cores=float("nan")), r"usage\.cpu_used_cores"),
+        (node_pb2.InstancesUsage(memory_used_bytes=-5), r"usage\.memory_used_bytes"),
+    ],
+)
+def test_use_that_cannot_be_is_refused(usage: node_pb2.InstancesUsage, field: str) -> None:
+    wrong = Violations()
+    checked_usage(wrong, "usage", usage)
+
+    with pytest.raises(InvalidArgument, match=field):
         wrong.check()

@@ -105,7 +105,7 @@ class NodeMetrics:
         labelled = [(self._labels(instance_id), record) for instance_id, record in records]
         left_out = max(self._stats.running - self._max_instances, 0)
         parts.append(rendered(_LEFT_OUT, [("", left_out)]))
-        # A thousand instances are a megabyte of text: not on the event loop.
+        # A thousand instances are some megabytes of text: not on the event loop.
         parts.append(await asyncio.to_thread(instance_series, labelled))
         return "".join(parts).encode() + generate_latest(self._process)
 

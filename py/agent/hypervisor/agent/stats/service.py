@@ -34,6 +34,8 @@ FRESH_S = 0.1
 
 _FEED_TIMEOUT_S = 5.0
 _SELDOM_S = 60.0
+_FILES_OF_ONE = 16
+"""At most so many files are opened for one instance."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _RUNS = frozenset({InstanceStatus.RUNNING, InstanceStatus.PAUSED})
 _LEAVING = frozenset({InstanceStatus.STOPPING, InstanceStatus.DELETING})
@@ -44,7 +46,7 @@ _log = structlog.get_logger(__name__)
 
 class StatsService:
     """See the module's docstring. ``locate`` asks the driver of an instance where its figures are; it raises
-    HypervisorError. :meth:`run` must be running."""
+    HypervisorError. ``max_open_files``: instances beyond it are not measured. :meth:`run` must be running."""
 
     def __init__(
         self,
@@ -54,10 +56,12 @@ class StatsService:
         interval_s: float,
         slow_interval_s: float,
         history: int,
+        max_open_files: int = 100_000,
     ) -> None:
         self._locate = locate
         self._clock = clock
         self._interval_s = interval_s
+        self._max_open_files = max_open_files
         self._sampler = Sampler(history=history, slow_period_ns=round(slow_interval_s * 1e9))
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stats")
         self._running: dict[str, datetime | None] = {}
@@ -69,7 +73,7 @@ class StatsService:
         self._feeds_read: set[StatsFeed] = set()
         self._group: asyncio.TaskGroup | None = None
         self._wake_sampler = asyncio.Event()
-        self._overrun_logged_at = float("-inf")
+        self._logged_at: dict[str, float] = {}
         self.samples = 0
         """Samples made since the start."""
         self.failures = 0
@@ -223,9 +227,8 @@ class StatsService:
             self._finder.look()
             ended = self._clock.monotonic()
             self.sampling_s += ended - started
-            if ended - started > self._interval_s and ended - self._overrun_logged_at >= _SELDOM_S:
-                self._overrun_logged_at = ended
-                _log.warning(
+            if ended - started > self._interval_s:
+                self._warn_seldom(
                     "stats_interval_too_short",
                     took_s=round(ended - started, 3),
                     interval_s=self._interval_s,
@@ -364,12 +367,23 @@ class StatsService:
 
     def _follow(self, instance_id: str, source: StatsSource, started_at: datetime | None) -> Followed:
         feed = None if isinstance(source, Sources) else source
+        if feed is None and self._sampler.open_files() + _FILES_OF_ONE > self._max_open_files:
+            # The rest of what the agent may open is for its calls, consoles and journal: those must not fail.
+            self._warn_seldom(
+                "stats_open_files_exhausted", instances=len(self._followed), limit=self._max_open_files
+            )
+            raise FailedPrecondition(
+                f"what {instance_id} uses is not measured: the agent keeps {self._max_open_files} files open for other "
+                "instances; raise its limit of open files (LimitNOFILE)",
+                reason="STATS_UNREADABLE",
+                metadata={"instance": instance_id},
+            )
         try:
             slot = self._sampler.add(source if isinstance(source, Sources) else None)
         except FileNotFoundError as exc:
             raise _not_running(instance_id) from exc
         except OSError as exc:
-            _log.warning("stats_files_not_opened", instance=instance_id, error=str(exc))
+            self._warn_seldom("stats_files_not_opened", instance=instance_id, error=str(exc))
             raise FailedPrecondition(
                 f"the control group of {instance_id} cannot be read: {exc}",
                 reason="STATS_UNREADABLE",
@@ -404,6 +418,13 @@ class StatsService:
         if followed.fast is not None and followed.fast is not asyncio.current_task():
             followed.fast.cancel()
         followed.tell()
+
+    def _warn_seldom(self, event: str, **values: object) -> None:
+        """Log a warning that concerns many instances once a minute at most."""
+        now = self._clock.monotonic()
+        if now - self._logged_at.get(event, float("-inf")) >= _SELDOM_S:
+            self._logged_at[event] = now
+            _log.warning(event, **values)
 
     def _now(self) -> tuple[int, int]:
         """Monotonic and wall clock in nanoseconds."""

@@ -8,6 +8,8 @@ from hypervisor.ctl.display.table import Column
 from hypervisor.ctl.quantities import readable_bytes
 
 if TYPE_CHECKING:
+    from google.protobuf.timestamp_pb2 import Timestamp
+
     from hypervisor.v1.cluster_pb2 import Event
     from hypervisor.v1.instance_pb2 import Instance, InstanceStats, Pressure
     from hypervisor.v1.node_pb2 import Node
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["event_columns", "instance_columns", "node_columns", "operation_columns", "stats_columns"]
 
 _MIB = 1 << 20
-_TIME: "Column[InstanceStats]" = Column("TIME", lambda s: s.sampled_at.ToJsonString()[11:19])
+_TIME: "Column[InstanceStats]" = Column("TIME", lambda s: _time_of_day(s.sampled_at))
 
 
 def instance_columns(now_s: float, hostnames: Mapping[str, str]) -> "list[Column[Instance]]":
@@ -166,6 +168,11 @@ def stats_columns(name: str, *, timed: bool = False) -> "list[Column[InstanceSta
         Column("IO WAIT", waited("io_pressure"), wide=True, right=True),
         Column("SAMPLED", lambda s: s.sampled_at.ToJsonString(), wide=True),
     ]
+
+
+def _time_of_day(moment: "Timestamp") -> str:
+    """In UTC, to the tenth of a second."""
+    return f"{moment.ToJsonString()[11:19]}.{moment.nanos // 100_000_000}"
 
 
 def _percent(pressure: "Pressure") -> str:

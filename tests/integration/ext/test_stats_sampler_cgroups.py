@@ -1,0 +1,194 @@
+"""The sampler with the kernel's own control groups (version 1, the pressure of a hybrid, or version 2) and interfaces."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from hvtest_stats import SECOND, AnySampler, SamplerType, newest
+from hypervisor.ext.stats_sampler import Sources
+
+ROOT = Path("/sys/fs/cgroup")
+V1_CONTROLLERS = ("cpuacct", "cpu", "memory", "blkio", "pids")
+ONLY_V2 = (ROOT / "cgroup.controllers").is_file()
+SPIN = "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass\nprint(flush=True)\ninput()\n"
+
+
+class Groups:
+    """Control groups below one of the test's own, in every hierarchy there is."""
+
+    def __init__(self, name: str) -> None:
+        hierarchies = (ROOT,) if ONLY_V2 else (*(ROOT / c for c in V1_CONTROLLERS), ROOT / "unified")
+        self._tops = [hierarchy / name for hierarchy in hierarchies if hierarchy.is_dir()]
+        self._made: set[Path] = set()
+        for top in self._tops:
+            self._make(top)
+        if ONLY_V2:
+            (ROOT / "cgroup.subtree_control").write_text("+cpu +memory +io +pids")
+            (self._tops[0] / "cgroup.subtree_control").write_text("+cpu +memory +io +pids")
+
+    def _make(self, directory: Path) -> None:
+        directory.mkdir()
+        self._made.add(directory)
+
+    def make(self, name: str) -> Sources:
+        """Make a group; the sources of its figures."""
+        for top in self._tops:
+            self._make(top / name)
+        if ONLY_V2:
+            return Sources(cgroup2=self._tops[0] / name)
+        v1 = {top.parent.name: top / name for top in self._tops if top.parent.name != "unified"}
+        unified = next((top / name for top in self._tops if top.parent.name == "unified"), None)
+        return Sources(cgroup1=v1, cgroup2=unified)
+
+    def join(self, name: str, pid: int) -> None:
+        """Move a process into a group."""
+        for top in self._tops:
+            (top / name / "cgroup.procs").write_text(str(pid))
+
+    def remove(self, name: str) -> None:
+        """Remove a group that has no processes."""
+        for top in self._tops:
+            (top / name).rmdir()
+            self._made.discard(top / name)
+
+    def close(self) -> None:
+        """Remove all of them."""
+        for directory in sorted(self._made, reverse=True):
+            directory.rmdir()
+
+
+@pytest.fixture
+def groups() -> Iterator[Groups]:
+    try:
+        made = Groups(f"hvtest-{os.getpid()}")
+    except OSError as error:
+        pytest.skip(f"control groups cannot be made here: {error}")
+    yield made
+    made.close()
+
+
+def _pressure_is_kept() -> bool:
+    with suppress(OSError):
+        return bool(Path("/proc/pressure/cpu").read_text())
+    return False
+
+
+def test_what_a_process_uses_is_seen(make: SamplerType, groups: Groups) -> None:
+    sources = groups.make("spinner")
+    with subprocess.Popen(
+        [sys.executable, "-c", "input()\n" + SPIN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            groups.join("spinner", process.pid)
+            with make(slow_period_ns=0) as sampler:
+                slot = sampler.add(
+                    Sources(
+                        cgroup1=sources.cgroup1,
+                        cgroup2=sources.cgroup2,
+                        net_dev=f"/proc/{process.pid}/net/dev",
+                    )
+                )
+                begin = time.monotonic_ns()
+                sampler.sample_all(begin, time.time_ns())
+                process.stdin.write("\n")
+                process.stdin.flush()
+                process.stdout.readline()
+                end = time.monotonic_ns()
+                sampler.sample_all(end, time.time_ns())
+                first, record = sampler.history(slot)
+        finally:
+            process.kill()
+            process.wait()
+
+    assert first.cpu_usage_ns is not None
+    assert record.cpu_usage_ns is not None
+    used = record.cpu_usage_ns - first.cpu_usage_ns
+    assert used > 200_000_000
+    assert record.cpu_used_cores == pytest.approx(used / (end - begin))
+    assert record.pids == 1
+    assert (record.oom_kills, record.block_read_bytes) == (0, 0)
+    assert record.memory_used_bytes is not None
+    assert record.memory_working_set_bytes is not None
+    assert 0 <= record.memory_working_set_bytes <= record.memory_used_bytes
+    assert record.memory_limit_bytes is None
+    assert record.network_receive_bytes is not None
+    assert (record.cpu_pressure_some_ns is not None) == (_pressure_is_kept() and sources.cgroup2 is not None)
+
+
+def test_a_group_that_is_removed_is_gone_and_the_others_go_on(make: SamplerType, groups: Groups) -> None:
+    with make() as sampler:
+        doomed, other = (sampler.add(groups.make(name)) for name in ("doomed", "other"))
+        assert sampler.sample_all(0, 0) == 2
+        open_before = sampler.open_files()
+
+        groups.remove("doomed")
+
+        assert sampler.sample_all(SECOND, 0) == 1
+        assert sampler.gone() == [doomed]
+        assert sampler.open_files() == open_before // 2
+        assert newest(sampler, doomed).sequence == 1
+        assert newest(sampler, other).sequence == 2
+        assert not sampler.sample(doomed, 2 * SECOND, 0)
+
+        sampler.reopen(doomed, groups.make("again"))
+        assert sampler.sample_all(3 * SECOND, 0) == 2
+        assert sampler.gone() == []
+
+
+def test_groups_removed_while_they_are_read_disturb_nothing(make: SamplerType, groups: Groups) -> None:
+    """Groups vanish between and during the reads of a thread that samples without end, and slots with them."""
+    with make(history=4, slow_period_ns=0) as sampler:
+        steady = [sampler.add(groups.make(f"steady{i}")) for i in range(8)]
+        over = threading.Event()
+        failures: list[BaseException] = []
+
+        def sample_without_end(sampler: AnySampler = sampler) -> None:
+            now = 0
+            try:
+                while not over.is_set():
+                    now += 1
+                    sampler.sample_all(now, now)
+            except BaseException as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=sample_without_end)
+        thread.start()
+        try:
+            for turn in range(40):
+                slot = sampler.add(groups.make("passing"))
+                if turn % 2:
+                    sampler.sample(slot, 0, 0)
+                groups.remove("passing")
+                if turn % 3:
+                    sampler.sample(slot, 0, 0)
+                    assert sampler.gone() == [slot]
+                sampler.remove(slot)
+        finally:
+            over.set()
+            thread.join()
+
+        assert failures == []
+        assert sampler.gone() == []
+        assert sampler.slots() == steady
+        assert all(newest(sampler, slot).cpu_usage_ns is not None for slot in steady)
+
+
+def test_an_interface_of_this_machine_is_read(make: SamplerType) -> None:
+    with make() as sampler:
+        tap, device = (
+            sampler.add(Sources(tap="/sys/class/net/lo/statistics")),
+            sampler.add(Sources(net_dev="/proc/self/net/dev")),
+        )
+        assert sampler.sample_all(0, 0) == 2
+
+        assert newest(sampler, tap).network_receive_bytes is not None
+        assert newest(sampler, device).network_receive_bytes is not None
