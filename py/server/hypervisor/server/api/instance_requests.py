@@ -8,10 +8,11 @@ from hypervisor.core.ids import is_id
 from hypervisor.core.model import ConsoleSize, InstanceSpec
 from hypervisor.core.names import check_dns_label, check_labels, shorten
 from hypervisor.core.states import DesiredState, InstanceType
+from hypervisor.server.api.placement_requests import check_placement
 from hypervisor.server.api.violations import MAX_OBJECT_NAME, Violations
 from hypervisor.server.services import InstanceDraft, InstanceRef, StopOptions
 from hypervisor.v1 import compute_pb2, instance_pb2
-from hypervisor.wire.enums import DESIRED_STATE, INSTANCE_TYPE, LABEL_OPERATOR, PLACEMENT_POLICY
+from hypervisor.wire.enums import DESIRED_STATE, INSTANCE_TYPE, PLACEMENT_POLICY
 from hypervisor.wire.instances import spec_from_wire
 
 __all__ = [
@@ -39,8 +40,6 @@ _MAX_TEXT_BYTES = 128 << 10
 _MAX_IMAGE_BYTES = 1024
 _MAX_PATH_BYTES = 4095
 _MAX_KERNEL_ARGS_BYTES = 2048
-_MAX_CONSTRAINTS = 32
-_MAX_CONSTRAINT_VALUES = 64
 
 _OUTPUT_ONLY = (
     "id",
@@ -59,6 +58,7 @@ _OUTPUT_ONLY = (
     "operation_id",
     "runtime",
     "updated_at",
+    "placement",
 )
 _MACHINE_FIELDS = ("kernel_path", "initrd_path", "kernel_args")
 _CONTAINER_FIELDS = ("command", "env", "working_dir", "pids_limit")
@@ -138,7 +138,7 @@ def _check_spec(wrong: Violations, spec: instance_pb2.InstanceSpec, kind: Instan
                 wrong.add(f"{at}{name}", f"needs {at}kernel_path: give it, or remove {name}")
     _check_command(wrong, spec.command, at)
     _check_env(wrong, spec.env, at)
-    _check_selector(wrong, spec.node_selector, at)
+    check_placement(wrong, spec, at)
     if spec.placement_policy != 0 and PLACEMENT_POLICY.from_wire(spec.placement_policy) is None:
         wrong.add(f"{at}placement_policy", "is not known: use SPREAD or BINPACK, or leave it empty")
     if len(spec.node) > MAX_OBJECT_NAME:
@@ -220,31 +220,6 @@ def _check_env(wrong: Violations, env: Mapping[str, str], at: str) -> None:
             )
         elif "\0" in value:
             wrong.add(f"{at}env", f"the value of {shorten(key)} has a NUL character: remove it")
-
-
-def _check_selector(wrong: Violations, constraints: Sequence[instance_pb2.LabelConstraint], at: str) -> None:
-    if len(constraints) > _MAX_CONSTRAINTS:
-        wrong.add(f"{at}node_selector", f"has {len(constraints)} conditions: use at most {_MAX_CONSTRAINTS}")
-        return
-    for index, constraint in enumerate(constraints):
-        field = f"{at}node_selector[{index}]"
-        exists = constraint.operator == instance_pb2.LabelConstraint.OPERATOR_EXISTS
-        if not constraint.key:
-            wrong.add(f"{field}.key", "is required: give the label of nodes to look at")
-        else:
-            wrong.extend(*check_labels(f"{field}.key", {constraint.key: ""}))
-        if constraint.operator != 0 and LABEL_OPERATOR.from_wire(constraint.operator) is None:
-            wrong.add(f"{field}.operator", "is not known: use IN, NOT_IN or EXISTS")
-        if exists and constraint.values:
-            wrong.add(f"{field}.values", "must be empty for EXISTS")
-        if not exists and not 1 <= len(constraint.values) <= _MAX_CONSTRAINT_VALUES:
-            wrong.add(
-                f"{field}.values",
-                f"has {len(constraint.values)} values: give 1 to {_MAX_CONSTRAINT_VALUES}, or use EXISTS",
-            )
-            continue
-        for value in constraint.values:
-            wrong.label_value(f"{field}.values", value)
 
 
 def ref_of(request: InstanceRequest, *, wrong: Violations, prefix: str = "") -> InstanceRef:
