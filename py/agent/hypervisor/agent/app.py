@@ -29,6 +29,7 @@ from hypervisor.core.errors import HypervisorError
 from hypervisor.core.ids import IdSource
 from hypervisor.core.model import Observation
 from hypervisor.core.resources import Resources
+from hypervisor.core.taints import parse_taint
 from hypervisor.core.tls import channel_credentials, server_credentials
 
 __all__ = ["run_agent"]
@@ -98,6 +99,7 @@ async def run_agent(
             zone=settings.node.zone,
             role=settings.node.role,
             labels=settings.node.labels,
+            taints=tuple(map(parse_taint, settings.node.taints)),
             agent_version=version,
             incarnation=new_id("a"),
             simulated=simulated,

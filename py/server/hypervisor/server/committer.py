@@ -93,6 +93,10 @@ class Knowledge:
         learned = self._newer(path) if self._learned else None
         return self._view.mod_revision(path) if learned is None else learned[2]
 
+    def unseen(self) -> Iterable[str]:
+        """Keys of which something is known that the view has not seen."""
+        return self._learned.keys()
+
     def learn_commit(self, revision: int, updates: Iterable[Update]) -> None:
         """This server's commit wrote ``updates``."""
         self._view.offer(revision, updates)

@@ -13,8 +13,17 @@ from msgspec import structs
 
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import FailedPrecondition, HypervisorError, NotFound
-from hypervisor.core.model import DriverInfo, InstanceStats, Node, NodeResources, Observation, OperationRecord
+from hypervisor.core.model import (
+    DriverInfo,
+    InstanceStats,
+    Node,
+    NodeResources,
+    Observation,
+    OperationRecord,
+    Taint,
+)
 from hypervisor.core.resources import Resources
+from hypervisor.core.states import TaintEffect
 from hypervisor.server import keys
 from hypervisor.server.committer import GroupCommitter
 from hypervisor.server.drafts import Decision, Draft
@@ -26,6 +35,8 @@ from hypervisor.server.node_changes import (
     record_cordon,
     record_deregistration,
     record_registration,
+    record_taint,
+    record_untaint,
 )
 from hypervisor.server.operations import OperationService
 from hypervisor.server.services import (
@@ -59,6 +70,7 @@ class NodeService:
         clock: Clock,
         *,
         times: HeartbeatTimes,
+        heard: Callable[[str, NodeResources], None] = lambda node_id, used: None,
     ) -> None:
         self._storage = storage
         self._view = view
@@ -66,6 +78,7 @@ class NodeService:
         self._operations = operations
         self._clock = clock
         self._times = times
+        self._heard = heard
         self._usage: dict[str, tuple[NodeResources, float]] = {}
         self._stats: dict[str, Mapping[str, InstanceStats]] = {}
         view.add_listener(self._forget_gone)
@@ -108,6 +121,7 @@ class NodeService:
             ) from exc
         self._usage[node_id] = (resources, self._clock.monotonic())
         self._stats[node_id] = dict(stats)
+        self._heard(node_id, resources)
         if _differs(node.capacity, resources.capacity):
             await self._committer.commit(lambda draft: _record_capacity(draft, node_id, resources.capacity))
         return self._times
@@ -154,6 +168,28 @@ class NodeService:
             mutation,
             resource_version,
             lambda draft, found: record_cordon(draft, found.value, schedulable=True, reason=""),
+        )
+
+    async def taint(
+        self, node: str, mutation: Mutation, *, taint: Taint, resource_version: int
+    ) -> Versioned[OperationRecord]:
+        return await self._at_once(
+            "taint",
+            node,
+            mutation,
+            resource_version,
+            lambda draft, found: record_taint(draft, found.value, taint),
+        )
+
+    async def untaint(
+        self, node: str, mutation: Mutation, *, key: str, effect: TaintEffect | None, resource_version: int
+    ) -> Versioned[OperationRecord]:
+        return await self._at_once(
+            "untaint",
+            node,
+            mutation,
+            resource_version,
+            lambda draft, found: record_untaint(draft, found.value, key=key, effect=effect),
         )
 
     def resolve(self, node: str, *, resource_version: int = 0) -> Versioned[Node]:

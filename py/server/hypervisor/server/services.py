@@ -8,6 +8,7 @@ All methods raise classes of :mod:`hypervisor.core.errors` only.
 
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 from typing import Generic, Protocol, TypeVar
 
@@ -24,8 +25,9 @@ from hypervisor.core.model import (
     NodeResources,
     Observation,
     OperationRecord,
+    Taint,
 )
-from hypervisor.core.states import DesiredState, InstanceType, NodeRole
+from hypervisor.core.states import DesiredState, InstanceType, NodeRole, TaintEffect
 
 __all__ = [
     "Caller",
@@ -39,6 +41,7 @@ __all__ = [
     "Instances",
     "Kind",
     "Mutation",
+    "NodePlacements",
     "NodeRegistration",
     "Nodes",
     "Operations",
@@ -276,6 +279,7 @@ class NodeRegistration:
     incarnation: str
     simulated: bool
     observations: tuple[Observation, ...]
+    taints: tuple[Taint, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +288,16 @@ class HeartbeatTimes:
 
     interval_s: float
     timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class NodePlacements:
+    """How placements on a node have gone lately; see PlacementHealth in node.proto."""
+
+    penalty: int
+    failures: int
+    last_failure_at: datetime
+    last_failure: str
 
 
 class Nodes(Protocol):
@@ -320,6 +334,14 @@ class Nodes(Protocol):
 
     async def uncordon(
         self, node: str, mutation: Mutation, *, resource_version: int
+    ) -> Versioned[OperationRecord]: ...
+
+    async def taint(
+        self, node: str, mutation: Mutation, *, taint: Taint, resource_version: int
+    ) -> Versioned[OperationRecord]: ...
+
+    async def untaint(
+        self, node: str, mutation: Mutation, *, key: str, effect: TaintEffect | None, resource_version: int
     ) -> Versioned[OperationRecord]: ...
 
     def resolve(self, node: str, *, resource_version: int = 0) -> Versioned[Node]:

@@ -3,16 +3,13 @@
 from collections.abc import Sequence
 
 from hypervisor.core.model import Taint
-from hypervisor.core.names import check_labels
+from hypervisor.core.names import MAX_TAINTS, check_labels
 from hypervisor.server.api.violations import Violations
 from hypervisor.v1 import instance_pb2, node_pb2
 from hypervisor.wire.enums import LABEL_OPERATOR, TAINT_EFFECT, TOLERATION_OPERATOR
 from hypervisor.wire.nodes import taint_from_wire
 
-__all__ = ["MAX_TAINTS", "check_label_key", "check_placement", "check_taint", "taints_of"]
-
-MAX_TAINTS = 16
-"""Taints of one node, the agent's and the users' together."""
+__all__ = ["check_label_key", "check_placement", "check_taint", "taints_of"]
 
 _MAX_CONSTRAINTS = 32
 _MAX_CONSTRAINT_VALUES = 64
