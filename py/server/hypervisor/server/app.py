@@ -110,6 +110,7 @@ async def run_server(
             instances=plane.instances,
             nodes=plane.nodes,
             operations=plane.operations,
+            explainer=plane.explainer,
             clock=clock,
             about=About(version=version, store_backend=settings.store.backend.value, started_at=clock.now()),
         ).register(server, dispatcher)

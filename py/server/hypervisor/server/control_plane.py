@@ -13,6 +13,7 @@ from hypervisor.core.states import PlacementPolicy
 from hypervisor.server.agents import Agents
 from hypervisor.server.committer import GroupCommitter
 from hypervisor.server.executor import ExecutorSettings, OperationExecutor
+from hypervisor.server.explaining import Explainer
 from hypervisor.server.instances import InstanceService
 from hypervisor.server.ledger import AllocationRules, Ledger
 from hypervisor.server.membership import Membership
@@ -101,11 +102,15 @@ class ControlPlane:
             operations,
             clock,
             times=settings.heartbeat,
-            heard=facts.heard,
+            facts=facts,
+            rules=settings.allocation,
         )
         self.operations: Operations = operations
         self.nodes: Nodes = nodes
         placer = Placer(scheduler, ledger, default_policy=settings.policy, seed=settings.scheduler_seed)
+        self.explainer = Explainer(
+            placer, self.committer.known, clock, resolve_node=lambda name: nodes.resolve(name).value.id
+        )
         self.instances: Instances = InstanceService(
             self.view,
             self.committer,

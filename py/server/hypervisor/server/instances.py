@@ -35,7 +35,7 @@ from hypervisor.server.verbs import (
 )
 from hypervisor.server.view import StoreView
 
-__all__ = ["InstanceService"]
+__all__ = ["InstanceService", "check_project"]
 
 _ONLY_PROJECT = "default"
 _STATS_TIMEOUT_S = 10.0
@@ -69,7 +69,7 @@ class InstanceService:
         self._last_stats = last_stats
 
     async def create(self, draft: InstanceDraft, mutation: Mutation) -> Versioned[OperationRecord]:
-        _check_project(draft.project)
+        check_project(draft.project)
         operation = self._operations.open(
             "create",
             mutation,
@@ -87,7 +87,7 @@ class InstanceService:
         return await self._operations.conclude(decided, wait=mutation.wait)
 
     async def plan(self, draft: InstanceDraft) -> Instance:
-        _check_project(draft.project)
+        check_project(draft.project)
         batch = Batch(self._committer.known, now=self._clock.now())
         return self._placer.preview(batch.draft(), draft)
 
@@ -183,7 +183,7 @@ class InstanceService:
         return instance, node.value
 
 
-def _check_project(project: str) -> None:
+def check_project(project: str) -> None:
     """Instances live in projects that exist; this version has one."""
     if project != _ONLY_PROJECT:
         raise NotFound(

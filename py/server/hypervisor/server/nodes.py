@@ -27,6 +27,7 @@ from hypervisor.core.states import TaintEffect
 from hypervisor.server import keys
 from hypervisor.server.committer import GroupCommitter
 from hypervisor.server.drafts import Decision, Draft
+from hypervisor.server.ledger import AllocationRules
 from hypervisor.server.node_changes import (
     fold_observation,
     incarnation_mismatch,
@@ -38,12 +39,14 @@ from hypervisor.server.node_changes import (
     record_taint,
     record_untaint,
 )
+from hypervisor.server.node_facts import ServerFacts
 from hypervisor.server.operations import OperationService
 from hypervisor.server.services import (
     ClusterChange,
     HeartbeatTimes,
     Kind,
     Mutation,
+    NodePlacements,
     NodeRegistration,
     Versioned,
 )
@@ -70,7 +73,8 @@ class NodeService:
         clock: Clock,
         *,
         times: HeartbeatTimes,
-        heard: Callable[[str, NodeResources], None] = lambda node_id, used: None,
+        facts: ServerFacts,
+        rules: AllocationRules,
     ) -> None:
         self._storage = storage
         self._view = view
@@ -78,7 +82,8 @@ class NodeService:
         self._operations = operations
         self._clock = clock
         self._times = times
-        self._heard = heard
+        self._facts = facts
+        self._rules = rules
         self._usage: dict[str, tuple[NodeResources, float]] = {}
         self._stats: dict[str, Mapping[str, InstanceStats]] = {}
         view.add_listener(self._forget_gone)
@@ -121,7 +126,7 @@ class NodeService:
             ) from exc
         self._usage[node_id] = (resources, self._clock.monotonic())
         self._stats[node_id] = dict(stats)
-        self._heard(node_id, resources)
+        self._facts.heard(node_id, resources)
         if _differs(node.capacity, resources.capacity):
             await self._committer.commit(lambda draft: _record_capacity(draft, node_id, resources.capacity))
         return self._times
@@ -198,6 +203,12 @@ class NodeService:
             raise node_not_found(node)
         check_version(found, resource_version, what=f"node {found.value.hostname}")
         return found
+
+    def allocatable(self, node: Node) -> Resources:
+        return self._rules.allocatable(node.capacity)
+
+    def placements(self, node_id: str) -> NodePlacements | None:
+        return self._facts.health.of(node_id)
 
     def usage(self, node_id: str) -> tuple[NodeResources, float] | None:
         found = self._usage.get(node_id)

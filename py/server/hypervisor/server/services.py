@@ -27,6 +27,7 @@ from hypervisor.core.model import (
     OperationRecord,
     Taint,
 )
+from hypervisor.core.resources import Resources
 from hypervisor.core.states import DesiredState, InstanceType, NodeRole, TaintEffect
 
 __all__ = [
@@ -346,6 +347,14 @@ class Nodes(Protocol):
 
     def resolve(self, node: str, *, resource_version: int = 0) -> Versioned[Node]:
         """The node meant by an id or host name, from memory. NotFound (NODE_NOT_FOUND)."""
+        ...
+
+    def allocatable(self, node: Node) -> Resources:
+        """What may be reserved on the node."""
+        ...
+
+    def placements(self, node_id: str) -> NodePlacements | None:
+        """How placements on the node have gone lately; None where there is nothing to tell."""
         ...
 
     def usage(self, node_id: str) -> tuple[NodeResources, float] | None:

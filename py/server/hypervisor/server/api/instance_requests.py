@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from hypervisor.core.ids import is_id
-from hypervisor.core.model import ConsoleSize, InstanceSpec
+from hypervisor.core.model import ConsoleSize
 from hypervisor.core.names import check_dns_label, check_labels, shorten
 from hypervisor.core.states import DesiredState, InstanceType
 from hypervisor.server.api.placement_requests import check_placement
@@ -20,6 +20,7 @@ __all__ = [
     "VersionedRequest",
     "console_size",
     "draft_of",
+    "draft_of_instance",
     "read_ref_of",
     "ref_of",
     "stats_interval",
@@ -73,6 +74,7 @@ VersionedRequest = (
 
 InstanceRequest = (
     VersionedRequest
+    | compute_pb2.ExplainPlacementRequest
     | compute_pb2.GetInstanceRequest
     | compute_pb2.GetInstanceStatsRequest
     | compute_pb2.WatchInstanceStatsRequest
@@ -88,40 +90,50 @@ def draft_of(request: compute_pb2.CreateInstanceRequest) -> InstanceDraft:
     if not request.HasField("instance"):
         wrong.add("instance", "is required: give name, type and spec")
         wrong.check()
-    instance = request.instance
-    wrong.extend(check_dns_label("instance.name", instance.name))
-    if is_id(instance.name, "i"):
-        wrong.add("instance.name", "looks like the id of an instance: choose another name")
+    return draft_of_instance(request.instance, "instance", wrong=wrong)
+
+
+def draft_of_instance(
+    instance: instance_pb2.Instance, field: str, *, wrong: Violations, unnamed: str = ""
+) -> InstanceDraft:
+    """The instance described in ``field``. With ``unnamed`` it may lack a name, and then has this one.
+
+    InvalidArgument with every wrong field, those found before included.
+    """
+    at = f"{field}."
+    name = instance.name or unnamed
+    wrong.extend(check_dns_label(f"{at}name", name))
+    if is_id(name, "i"):
+        wrong.add(f"{at}name", "looks like the id of an instance: choose another name")
     kind = INSTANCE_TYPE.from_wire(instance.type)
     if kind is None:
         known = ", ".join(member.value for member in InstanceType)
-        wrong.add("instance.type", f"is required: give one of {known}")
-    project = wrong.project("instance.project", instance.project)
+        wrong.add(f"{at}type", f"is required: give one of {known}")
+    project = wrong.project(f"{at}project", instance.project)
     desired = DESIRED_STATE.from_wire(instance.desired_state)
     if desired is DesiredState.DELETED or (desired is None and instance.desired_state != 0):
-        wrong.add("instance.desired_state", "must be RUNNING or STOPPED")
-    wrong.extend(*check_labels("instance.labels", instance.labels))
-    wrong.output_only(instance, _OUTPUT_ONLY, "instance.")
-    spec: InstanceSpec | None = None
+        wrong.add(f"{at}desired_state", "must be RUNNING or STOPPED")
+    wrong.extend(*check_labels(f"{at}labels", instance.labels))
+    wrong.output_only(instance, _OUTPUT_ONLY, at)
     if instance.HasField("spec"):
-        _check_spec(wrong, instance.spec, kind)
+        _check_spec(wrong, instance.spec, kind, f"{at}spec.")
     else:
-        wrong.add("instance.spec", "is required: say at least which image to run")
+        wrong.add(f"{at}spec", "is required: say at least which image to run")
     wrong.check()
     assert kind is not None
-    spec = spec_from_wire(instance.spec)
     return InstanceDraft(
-        name=instance.name,
+        name=name,
         project=project,
         type=kind,
-        spec=spec,
+        spec=spec_from_wire(instance.spec),
         labels=dict(instance.labels),
         desired=desired or DesiredState.RUNNING,
     )
 
 
-def _check_spec(wrong: Violations, spec: instance_pb2.InstanceSpec, kind: InstanceType | None) -> None:
-    at = "instance.spec."
+def _check_spec(
+    wrong: Violations, spec: instance_pb2.InstanceSpec, kind: InstanceType | None, at: str
+) -> None:
     _check_sizes(wrong, spec, at)
     _check_image(wrong, spec, kind, at)
     if kind is InstanceType.CONTAINER:
@@ -236,7 +248,11 @@ def versioned_ref_of(request: VersionedRequest, *, wrong: Violations) -> Instanc
     return replace(ref, resource_version=wrong.resource_version(request.resource_version))
 
 
-def read_ref_of(request: compute_pb2.GetInstanceRequest | compute_pb2.GetInstanceStatsRequest) -> InstanceRef:
+def read_ref_of(
+    request: compute_pb2.GetInstanceRequest
+    | compute_pb2.GetInstanceStatsRequest
+    | compute_pb2.ExplainPlacementRequest,
+) -> InstanceRef:
     """The instance named. InvalidArgument with every wrong field. Quick for what is nearly always sent: an id."""
     instance = request.instance
     if 0 < len(instance) <= MAX_OBJECT_NAME and not request.project:

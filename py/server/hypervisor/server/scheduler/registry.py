@@ -1,5 +1,5 @@
-"""Which scheduler: the built-in ones by this table, others by an entry point of the group ``hypervisor.schedulers``; the
-plug-ins of the default one by those of ``hypervisor.scheduler.filters`` and ``hypervisor.scheduler.scores``.
+"""Which scheduler: the built-in ones by this table, others by an entry point of the group ``hypervisor.schedulers``;
+the plug-ins of the default one by those of ``hypervisor.scheduler.filters`` and ``hypervisor.scheduler.scores``.
 
 An entry point names a callable without arguments that returns a ``Scheduler``, a ``Filter`` or a ``Score``. Filters and
 scores are used where ``scheduler.plugins`` names them: what is installed for something else changes no placement.

@@ -154,8 +154,8 @@ class ClusterTable:
             }
         else:
             nodes, instances = told
-        if changes is not None:
-            self._changes, self._position = changes, changes.position
+        # A snapshot that tells no changes may differ anywhere: the one after it is compared as a whole again.
+        self._changes, self._position = changes, 0 if changes is None else changes.position
         for node_id in nodes:
             self._take_node(node_id, snapshot.nodes.get(node_id))
         for instance_id in instances:
