@@ -50,7 +50,9 @@ small = st.builds(
 conditions = st.builds(
     LabelConstraint,
     key=st.sampled_from(KEYS),
-    operator=st.sampled_from([LabelOperator.IN, LabelOperator.IN, LabelOperator.NOT_IN, LabelOperator.EXISTS]),
+    operator=st.sampled_from(
+        [LabelOperator.IN, LabelOperator.IN, LabelOperator.NOT_IN, LabelOperator.EXISTS]
+    ),
     values=st.sampled_from([("a",), ("b",), ("a", "b")]),
 )
 selectors = st.lists(conditions, min_size=1, max_size=2).map(tuple)
@@ -126,9 +128,7 @@ def states(draw: st.DrawFn, number: int) -> NodeState:
         schedulable=draw(st.integers(0, 5)) > 0,
         labels=draw(st.dictionaries(st.just("rack"), st.sampled_from(VALUES))),
         drivers=draw(
-            st.sampled_from(
-                [(fake_driver(),), (fake_driver(),), (), (fake_driver(InstanceType.CONTAINER),)]
-            )
+            st.sampled_from([(fake_driver(),), (fake_driver(),), (), (fake_driver(InstanceType.CONTAINER),)])
         ),
         own_taints=draw(few(taints)),
     )

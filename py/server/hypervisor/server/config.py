@@ -13,8 +13,7 @@ from hypervisor.core.settings import Address, ByteSize, Duration, Section, Setti
 from hypervisor.core.states import PlacementPolicy
 from hypervisor.core.tls import ClientAuth, ClientTls, ServerTls
 from hypervisor.server.ledger import AllocationRules
-from hypervisor.server.scheduler.plugins import DEFAULT_WEIGHTS
-from hypervisor.server.scheduler.registry import SchedulerOptions
+from hypervisor.server.scheduler.options import DEFAULT_WEIGHTS, SchedulerOptions
 from hypervisor.server.store.config import EtcdTls, StoreConfig
 
 __all__ = ["AuthMode", "ServerSettings", "StoreBackend"]

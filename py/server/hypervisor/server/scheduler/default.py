@@ -22,7 +22,8 @@ from hypervisor.server.scheduler.contract import (
     Snapshot,
 )
 from hypervisor.server.scheduler.judge import Judge, hash_of
-from hypervisor.server.scheduler.plugins import DEFAULT_WEIGHTS, Filter, Score
+from hypervisor.server.scheduler.options import DEFAULT_WEIGHTS
+from hypervisor.server.scheduler.plugins import Filter, Score
 from hypervisor.server.scheduler.table import ClusterTable, Compiled
 
 __all__ = ["Capacity", "DefaultScheduler"]

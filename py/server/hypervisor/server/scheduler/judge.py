@@ -12,8 +12,8 @@ from hypervisor.core.model import ScorePart
 from hypervisor.ext.scoring import tie_key
 from hypervisor.server.scheduler.case import Case
 from hypervisor.server.scheduler.contract import NodeState, Placement, Refusal, Request, Snapshot
+from hypervisor.server.scheduler.options import DEFAULT_WEIGHTS
 from hypervisor.server.scheduler.plugins import (
-    DEFAULT_WEIGHTS,
     FILTERS,
     SCORES,
     Filter,

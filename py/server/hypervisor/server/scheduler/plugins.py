@@ -5,8 +5,7 @@ its choices; for the choice itself it uses a table that computes the same (``tab
 these. Scores are whole numbers, so that equal means equal on every machine.
 """
 
-from collections.abc import Iterable, Mapping
-from types import MappingProxyType
+from collections.abc import Iterable
 from typing import Protocol
 
 from hypervisor.core.model import AffinityTerm, LabelConstraint, Taint
@@ -15,7 +14,7 @@ from hypervisor.core.states import LabelOperator, NodeStatus, PlacementPolicy, T
 from hypervisor.server.scheduler.case import Case, place_of
 from hypervisor.server.scheduler.contract import NodeState, holds
 
-__all__ = ["BEST", "DEFAULT_WEIGHTS", "FILTERS", "SCORES", "Filter", "Score", "TermsScore", "shortage"]
+__all__ = ["BEST", "FILTERS", "SCORES", "Filter", "Score", "TermsScore", "shortage"]
 
 BEST = 1000
 """The best value of a score."""
@@ -301,19 +300,6 @@ SCORES: tuple[Score | TermsScore, ...] = (
     Penalty(),
     Taints(),
 )
-
-DEFAULT_WEIGHTS: Mapping[str, int] = MappingProxyType(
-    {
-        "utilisation": 100,
-        "spread": 200,
-        "affinity": 200,
-        "load": 10,
-        "image": 20,
-        "penalty": 200,
-        "taints": 300,
-    }
-)
-"""Unless ``scheduler.weights`` says otherwise."""
 
 
 def shortage(wanted: Resources, free: Resources, total: Resources) -> str:

@@ -6,7 +6,6 @@ scores are used where ``scheduler.plugins`` names them: what is installed for so
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import Any
@@ -14,28 +13,19 @@ from typing import Any
 from hypervisor.core.errors import InvalidArgument
 from hypervisor.server.scheduler.contract import Scheduler
 from hypervisor.server.scheduler.default import DefaultScheduler
-from hypervisor.server.scheduler.plugins import DEFAULT_WEIGHTS
+from hypervisor.server.scheduler.options import SchedulerOptions
 
 __all__ = [
     "BUILT_IN",
     "ENTRY_POINT_GROUP",
     "FILTER_GROUP",
     "SCORE_GROUP",
-    "SchedulerOptions",
     "load_scheduler",
 ]
 
 ENTRY_POINT_GROUP = "hypervisor.schedulers"
 FILTER_GROUP = "hypervisor.scheduler.filters"
 SCORE_GROUP = "hypervisor.scheduler.scores"
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerOptions:
-    """For the default scheduler: weights of scores by name, and names of the plug-ins to use."""
-
-    weights: Mapping[str, int] = field(default_factory=lambda: DEFAULT_WEIGHTS)
-    plugins: Sequence[str] = ()
 
 
 def _default(options: SchedulerOptions, found: tuple[EntryPoint, ...] | None) -> Scheduler:
