@@ -275,9 +275,11 @@ class Ledger:
 
     def _shows_instance(self, instance_id: str, update: Update) -> bool:
         shown = self._instances.get(instance_id)
-        if update.record is None or not isinstance(update.record.value, Instance):
+        if update.record is None:
             return shown is None
         instance = update.record.value
+        if not isinstance(instance, Instance):
+            return False
         if shown is None:
             return not instance.node_id
         image = self._images_of.get(instance_id, ("", ""))[1]
