@@ -181,7 +181,15 @@ def test_it_shows_what_is_known_and_nothing_of_what_failed(
 ) -> None:
     known, facts = KnownRecords(), Facts()
     ledger = Ledger(RULES, facts)
-    for what, changed in history:
+    begin: list[tuple[RecordKey[Any], Any]] = [
+        *((keys.node(n), node(number, "a")) for number, n in enumerate(NODES)),
+        *((keys.allocation(n), Allocation(node_id=n)) for n in NODES),
+        *(
+            (keys.instance(i), instance(number, NODES[number % 2], InstanceStatus.RUNNING, "one"))
+            for number, i in enumerate(INSTANCES[:3])
+        ),
+    ]
+    for what, changed in [("watch", begin), *history]:
         batch = Batch(known, now=NOW)
         match what:
             case "watch":
