@@ -60,6 +60,9 @@ class KnownRecords:
     def mod_revision(self, path: str) -> int:
         return 0
 
+    def ahead(self, path: str) -> bool:
+        return False
+
     def unseen(self) -> Iterable[str]:
         return self.learned.keys()
 

@@ -28,6 +28,7 @@ from hypervisor.core.errors import (
 )
 from hypervisor.core.model import (
     AffinityTerm,
+    Instance,
     LabelConstraint,
     NodeResources,
     SpreadTerm,
@@ -316,3 +317,79 @@ async def test_capacity_heeds_what_the_instances_themselves_ask_for() -> None:
         # The first goes anywhere, all others to its zone.
         assert (await plane.explainer.capacity(together, limit=100)).count in (4, 8)
         assert (await plane.explainer.capacity(labelled("w"), limit=100)).count == 12
+
+
+@pytest.mark.parametrize(("topology", "nodes"), [("hypervisor/zone", 8), ("hypervisor/hostname", 2)])
+async def test_two_servers_at_once_keep_apart_what_must_be_apart(topology: str, nodes: int) -> None:
+    """In a zone they choose different nodes, with no record in common but the register of such terms; on one node, the
+    loser has to see the other's instance before it thinks again."""
+    storage, agents = MemoryStorage(SystemClock()), MemoryAgents()
+    apart = (AffinityTerm(selector=WEB, topology=topology),)
+    async with (
+        control_plane(storage, agents, server_id="s-1") as one,
+        control_plane(storage, agents, server_id="s-2") as two,
+        AsyncExitStack() as stack,
+    ):
+        for node in (zoned(f"{zone}{n}", zone) for zone in "ab" for n in range(nodes)):
+            await stack.enter_async_context(add_node(one, node))
+        await two.view.wait_revision(one.view.revision)
+        for attempt in range(8):
+            orders = [
+                (
+                    plane,
+                    labelled(f"w{number}-{server}", anti_affinity=apart if (number + attempt) % 2 else ()),
+                )
+                for number in range(4)
+                for server, plane in enumerate((one, two))
+            ]
+
+            ends = await asyncio.gather(
+                *(plane.instances.create(order, mutation()) for plane, order in orders),
+                return_exceptions=True,
+            )
+
+            assert {type(e) for e in ends if isinstance(e, BaseException)} <= {ResourceExhausted}
+            await one.view.wait_revision(await storage.current_revision())
+            there = [i.value for i in one.view.instances()]
+            places = {i.name: _place(one, i, topology) for i in there}
+            assert there
+            for holder in (i for i in there if i.spec.anti_affinity):
+                same = [name for name, place in places.items() if place == places[holder.name]]
+                assert same == [holder.name]
+            for instance in there:
+                await one.instances.delete(
+                    InstanceRef(instance.name), mutation(), options=StopOptions(0.0), force=True
+                )
+            await two.view.wait_revision(one.view.revision)
+    await storage.aclose()
+
+
+async def test_two_servers_at_once_begin_a_group_in_one_place() -> None:
+    storage, agents = MemoryStorage(SystemClock()), MemoryAgents()
+    near = (AffinityTerm(selector=WEB, topology="hypervisor/zone"),)
+    async with (
+        control_plane(storage, agents, server_id="s-1") as one,
+        control_plane(storage, agents, server_id="s-2") as two,
+        AsyncExitStack() as stack,
+    ):
+        for node in (zoned(f"{zone}{n}", zone) for zone in "abcd" for n in range(3)):
+            await stack.enter_async_context(add_node(one, node))
+        await two.view.wait_revision(one.view.revision)
+
+        await asyncio.gather(
+            *(
+                plane.instances.create(labelled(f"w{number}-{server}", affinity=near), mutation())
+                for number in range(3)
+                for server, plane in enumerate((one, two))
+            )
+        )
+
+        await one.view.wait_revision(await storage.current_revision())
+        zones = {_place(one, i.value, "hypervisor/zone") for i in one.view.instances()}
+        assert len(zones) == 1
+    await storage.aclose()
+
+
+def _place(plane: ControlPlane, instance: Instance, topology: str) -> str:
+    node = plane.nodes.resolve(instance.node_id).value
+    return node.zone if topology == "hypervisor/zone" else node.hostname

@@ -54,6 +54,11 @@ class Known(Protocol):
         """Keys of which more is known than the watch has told."""
         ...
 
+    def ahead(self, path: str) -> bool:
+        """Whether the record is known from the store's answer to a conflict, and the watch has not told of it yet:
+        other records of the same change are then not known."""
+        ...
+
 
 class Shared(Protocol):
     """Something the decisions of one batch use together."""

@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, Callable
 from functools import partial
 
 from hypervisor.core.clock import Clock
-from hypervisor.core.errors import FailedPrecondition, NotFound
+from hypervisor.core.errors import Conflict, FailedPrecondition, NotFound
 from hypervisor.core.ids import IdSource
 from hypervisor.core.model import ConsoleSize, Instance, InstanceStats, Node, OperationRecord
 from hypervisor.core.states import ACTIVE, NodeStatus
@@ -15,6 +15,7 @@ from hypervisor.server.drafts import Batch
 from hypervisor.server.executor import OperationExecutor
 from hypervisor.server.operations import OperationService
 from hypervisor.server.placement import Placer
+from hypervisor.server.placement_terms import UNREGISTERED, terms_to_enter
 from hypervisor.server.services import (
     Caller,
     ConsoleSession,
@@ -79,12 +80,31 @@ class InstanceService:
             project=draft.project,
         )
         deadline = self._executor.settings.deadline(self._clock.now(), "create")
-        decided = await self._committer.commit(
-            lambda d: self._placer.reserve(d, draft, operation=operation, deadline=deadline),
-            then=partial(self._executor.begin, request_id=mutation.caller.request_id),
-            lane=Lane.PLACEMENTS,
+        while True:
+            await self._enter_terms(draft)
+            try:
+                decided = await self._committer.commit(
+                    lambda d: self._placer.reserve(d, draft, operation=operation, deadline=deadline),
+                    then=partial(self._executor.begin, request_id=mutation.caller.request_id),
+                    lane=Lane.PLACEMENTS,
+                )
+            except Conflict as exc:
+                # Somebody has cleaned the register up meanwhile.
+                if exc.reason != UNREGISTERED:
+                    raise
+            else:
+                return await self._operations.conclude(decided, wait=mutation.wait)
+
+    async def _enter_terms(self, draft: InstanceDraft) -> None:
+        """See ``placement_terms.py``: the view is to have seen the register with the terms in it."""
+        wanted = terms_to_enter(draft)
+        register = self._view.find(keys.PLACEMENT_TERMS) if wanted else None
+        if not wanted or (register is not None and all(one in register.value.terms for one in wanted)):
+            return
+        entered = await self._committer.commit(
+            lambda d: self._placer.enter_terms(d, draft), lane=Lane.PLACEMENTS
         )
-        return await self._operations.conclude(decided, wait=mutation.wait)
+        await self._view.wait_revision(entered.revision)
 
     async def plan(self, draft: InstanceDraft) -> Instance:
         check_project(draft.project)

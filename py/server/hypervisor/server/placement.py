@@ -24,6 +24,7 @@ from hypervisor.core.states import InstanceStatus, PlacementPolicy
 from hypervisor.server import keys
 from hypervisor.server.drafts import Draft
 from hypervisor.server.ledger import Ledger
+from hypervisor.server.placement_terms import enter_terms, guard_terms
 from hypervisor.server.records import NameClaim
 from hypervisor.server.scheduler.contract import (
     BUILT_IN_LABELS,
@@ -70,7 +71,7 @@ class Placer:
         """Choose a node, reserve on it and record instance, name and operation; returns the operation.
 
         A repeat of a request returns the operation it began. Raises ``InvalidArgument`` (``REQUEST_ID_REUSED``),
-        ``AlreadyExists`` (``INSTANCE_NAME_TAKEN``) and what :meth:`choose` raises.
+        ``AlreadyExists`` (``INSTANCE_NAME_TAKEN``), what :meth:`choose` raises and ``guard_terms``.
         """
         known = draft.get(keys.operation(operation.id)) if operation.request_id else None
         if known is not None:
@@ -90,6 +91,7 @@ class Placer:
         node = draft.get(keys.node(node_id))
         if held is None or node is None:
             raise Internal(f"the scheduler chose {node_id}, which is not in the snapshot")
+        guard_terms(draft, order, node_id=node_id)
         reserved = held.value.reserved + order.spec.resources
         total = self._ledger.rules.allocatable(node.value.capacity)
         if not reserved.fits_in(total):
@@ -120,6 +122,10 @@ class Placer:
         else:
             draft.create(keys.operation(operation.id), operation)
         return operation
+
+    def enter_terms(self, draft: Draft, order: InstanceDraft) -> None:
+        """Enter the instance's terms in the register, as has to be done before it is placed."""
+        enter_terms(draft, order, self._ledger.sync(draft).instances)
 
     def preview(self, draft: Draft, order: InstanceDraft) -> Instance:
         """The instance as it would be placed, without an id; raises what :meth:`reserve` raises."""
