@@ -21,6 +21,7 @@ from hypervisor.core.states import (
     TaintEffect,
     TolerationOperator,
 )
+from hypervisor.server.scheduler.case import Case
 from hypervisor.server.scheduler.contract import (
     NodeState,
     PlacedInstance,
@@ -178,6 +179,9 @@ def test_the_table_chooses_as_the_rules_do_whatever_happened_before(data: st.Dat
             assert all(answer.reasons.values())
         else:
             parts = scheduler.parts(request, snapshot, answer.node_id)
+            assert parts == tuple(
+                p for p in scheduler.judge.parts(Case(request, snapshot), nodes[answer.node_id]) if p.weight
+            )
             assert sum(p.value * p.weight for p in parts) == answer.score
         match data.draw(st.sampled_from(["place", "place", "take back", "node", "gone", "count"])):
             case "place" if isinstance(answer, Placement):

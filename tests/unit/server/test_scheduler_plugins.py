@@ -241,11 +241,8 @@ def test_load_image_and_penalty() -> None:
 
     assert Load().score(case(ASKED), node) == 750
     assert Load().score(case(ASKED), state()) == 500
-    assert [ImagePresent().score(case(a), node) for a in (asked, ASKED, replace(ASKED, image="x"))] == [
-        1000,
-        0,
-        0,
-    ]
+    found = [list(ImagePresent().values(case(a), node)) for a in (asked, ASKED, replace(ASKED, image="x"))]
+    assert found == [[(1000, 100)], [], [(0, 100)]]
     assert Penalty().score(case(ASKED), node) == 600
 
 
@@ -253,7 +250,7 @@ def test_weights_of_nought_leave_a_score_out() -> None:
     judge = Judge(weights={"load": 0, "taints": 0})
     names = [part.name for part in judge.parts(case(ASKED, state()), state())]
 
-    assert names == ["utilisation", "image", "penalty"]
+    assert names == ["utilisation", "penalty"]
 
 
 class OddNames:

@@ -15,7 +15,6 @@ from hypervisor.core.model import Instance, InstanceSpec, PlacementRecord, Score
 from hypervisor.ext.scoring import tie_key
 from hypervisor.server.drafts import Batch, Known
 from hypervisor.server.instances import check_project
-from hypervisor.server.ledger import without
 from hypervisor.server.placement import Placer
 from hypervisor.server.scheduler.case import Case
 from hypervisor.server.scheduler.contract import NodeState, Placement, Request, Snapshot
@@ -131,11 +130,11 @@ class Explainer:
             spec=instance.spec,
             labels=instance.labels,
         )
-        snapshot, revision = self._look(replace(order, spec=_anywhere(instance)))
+        _, revision = self._look(replace(order, spec=_anywhere(instance)))
         request = self._placer.request(order, seed=instance.id)
         return await self._explain(
             request,
-            without(snapshot, instance.id, instance.spec.resources),
+            self._placer.without(instance),
             revision,
             node=node,
             max_nodes=max_nodes,

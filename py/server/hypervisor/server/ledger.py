@@ -12,7 +12,7 @@ record is noted to be read again (``_stale``), or it was written by the batch no
 
 from collections import Counter, deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from hypervisor.core.errors import Internal
@@ -24,7 +24,7 @@ from hypervisor.server.cluster_state import Update
 from hypervisor.server.drafts import Batch, Draft
 from hypervisor.server.scheduler.contract import NodeState, PlacedInstance, Snapshot
 
-__all__ = ["AllocationRules", "Ledger", "NodeFacts", "without"]
+__all__ = ["AllocationRules", "Ledger", "NodeFacts"]
 
 _NODES = keys.node("").path
 _ALLOCATIONS = keys.allocation("").path
@@ -162,6 +162,19 @@ class Ledger:
     def _admitted(self, batch: Batch, draft: Draft) -> None:
         if batch is self._batch:
             self._note_written(draft.writes)
+
+    def without(self, instance_id: str, resources: Resources) -> Snapshot:
+        """A copy of the last snapshot as if the instance, which holds ``resources``, were not placed."""
+        nodes, instances = dict(self._nodes), dict(self._instances)
+        placed = instances.pop(instance_id, None)
+        state = None if placed is None else nodes.get(placed.node_id)
+        if state is not None:
+            image = self._images_of.get(instance_id, ("", ""))[1]
+            alone = bool(image) and self._images_on[state.node.id][image] == 1
+            nodes[state.node.id] = replace(
+                state.with_more(resources, -1), images=state.images - {image} if alone else state.images
+            )
+        return Snapshot(nodes, instances)
 
     # --- taking it in
 
@@ -359,13 +372,3 @@ class _ChangeLog:
             is_node, object_id = self._kept[-index]
             (nodes if is_node else instances).add(object_id)
         return nodes, instances
-
-
-def without(snapshot: Snapshot, instance_id: str, resources: Resources) -> Snapshot:
-    """A copy of the snapshot as if the instance, which holds ``resources``, were not placed."""
-    nodes: dict[str, NodeState] = dict(snapshot.nodes)
-    instances: dict[str, PlacedInstance] = dict(snapshot.instances)
-    placed = instances.pop(instance_id, None)
-    if placed is not None and placed.node_id in nodes:
-        nodes[placed.node_id] = nodes[placed.node_id].with_more(resources, -1)
-    return Snapshot(nodes, instances)

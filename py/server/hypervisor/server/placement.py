@@ -123,6 +123,10 @@ class Placer:
             draft.create(keys.operation(operation.id), operation)
         return operation
 
+    def without(self, instance: Instance) -> Snapshot:
+        """What :meth:`look` showed last, as if the instance were not placed; a copy."""
+        return self._ledger.without(instance.id, instance.spec.resources)
+
     def enter_terms(self, draft: Draft, order: InstanceDraft) -> None:
         """Enter the instance's terms in the register, as has to be done before it is placed."""
         enter_terms(draft, order, self._ledger.sync(draft).instances)

@@ -249,12 +249,13 @@ class Load:
 
 
 class ImagePresent:
-    """Nodes that have the image already are better."""
+    """Nodes that have the image already are better, for a request that has one."""
 
     name = "image"
 
-    def score(self, case: Case, state: NodeState) -> int:
-        return BEST if case.request.image and case.request.image in state.images else 0
+    def values(self, case: Case, state: NodeState) -> Iterable[tuple[int, int]]:
+        if case.request.image:
+            yield BEST if case.request.image in state.images else 0, 100
 
 
 class Penalty:

@@ -26,7 +26,7 @@ from hypervisor.server.scheduler.contract import (
 )
 from hypervisor.server.scheduler.judge import Judge, hash_of, share_of_weight
 from hypervisor.server.scheduler.places import Matching, Places, Refusing
-from hypervisor.server.scheduler.plugins import BEST, LabelsMatch, PinnedNode, Taints, TaintsTolerated
+from hypervisor.server.scheduler.plugins import BEST, SCORES, LabelsMatch, PinnedNode, Taints, TaintsTolerated
 
 __all__ = ["ClusterTable", "Compiled"]
 
@@ -41,6 +41,7 @@ _NO_SLOT = scoring.MAX_NODES - 1
 
 _NOTHING = Snapshot({})
 
+_ORDER = {one.name: number for number, one in enumerate(SCORES)}
 _STATIC_FILTERS = (PinnedNode(), LabelsMatch(), TaintsTolerated())
 K = TypeVar("K")
 
@@ -380,7 +381,7 @@ class ClusterTable:
         """What each score says of the node of a slot, under the names of the scores."""
         images = set(self._images.columns())
         names = {"prefer": "affinity", "avoid": "affinity"}
-        return tuple(
+        found = [
             ScorePart(
                 ("image" if part.id in images else "taints")
                 if part.kind == "preference"
@@ -389,7 +390,9 @@ class ClusterTable:
                 part.weight,
             )
             for part in self.table.explain(compiled.plain, slot).parts
-        )
+        ]
+        # In the order in which explanations have them.
+        return tuple(sorted(found, key=lambda part: _ORDER[part.name]))
 
 
 class _Columns(Generic[K]):
