@@ -46,6 +46,22 @@ async def test_taints_are_set_shown_heeded_and_removed(server: WholeServer, agen
     assert again[:2] == (Code.NOT_FOUND, "TAINT_NOT_FOUND")
 
 
+async def test_taints_of_the_agents_configuration(server: WholeServer, tmp_path: Path) -> None:
+    async with whole_agent(server, tmp_path, taints=["gpu=yes:no_schedule", "old:prefer_no_schedule"]):
+        node = await server.cluster.GetNode(cluster_pb2.GetNodeRequest(node="node-1"))
+        code, reason, _ = await refusal(server.compute.CreateInstance(container("web")))
+        kept = await refusal(
+            server.cluster.UntaintNode(cluster_pb2.UntaintNodeRequest(node="node-1", key="gpu"))
+        )
+
+    assert [(t.key, t.value, t.effect, t.configured) for t in node.taints] == [
+        ("gpu", "yes", NO_SCHEDULE, True),
+        ("old", "", instance_pb2.TAINT_EFFECT_PREFER_NO_SCHEDULE, True),
+    ]
+    assert (code, reason) == (Code.RESOURCE_EXHAUSTED, "NO_NODE_FITS")
+    assert kept[:2] == (Code.FAILED_PRECONDITION, "TAINT_CONFIGURED")
+
+
 async def test_everything_wrong_with_terms_is_told_at_once(server: WholeServer, agent: WholeAgent) -> None:
     request = container("web")
     spec = request.instance.spec
