@@ -109,10 +109,8 @@ async def test_terms_are_given_back_as_they_were_asked_for(server: WholeServer, 
     assert (made.spec.spread[0].topology, made.spec.spread[0].weight) == ("hypervisor/zone", 100)
     assert made.placement.scheduler == "default"
     assert made.placement.score == sum(p.value * p.weight for p in made.placement.parts)
-    assert [p.name for p in made.placement.parts if p.name in ("affinity", "spread")] == [
-        "affinity",
-        "spread",
-    ]
+    names = [p.name for p in made.placement.parts]
+    assert [name for name in names if name in ("affinity", "spread")] == ["spread", "affinity"]
 
 
 async def test_an_explanation_of_what_is_there_and_of_what_would_be(

@@ -56,6 +56,7 @@ class Placer:
         seed: int = 0,
     ) -> None:
         self._scheduler = scheduler
+        self._explains = scheduler if isinstance(scheduler, Explains) else None
         self._ledger = ledger
         self._default_policy = default_policy
         self._seed = seed
@@ -194,8 +195,8 @@ class Placer:
     ) -> PlacementRecord:
         """Why it is placed there, for `instance explain`: the chosen node's parts only, so that it costs little."""
         parts: tuple[ScorePart, ...] = ()
-        if isinstance(self._scheduler, Explains):
-            parts = self._scheduler.parts(self.request(order, seed=seed), snapshot, placement.node_id)
+        if self._explains is not None:
+            parts = self._explains.parts(self.request(order, seed=seed), snapshot, placement.node_id)
         return PlacementRecord(
             placed_at=draft.now, scheduler=self._scheduler.name, score=int(placement.score), parts=parts
         )
