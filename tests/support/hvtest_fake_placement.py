@@ -103,7 +103,12 @@ class FakePlacement(FakeState):
         total = sum(room.count for room in rooms)
         limited = 0 < request.count_limit <= total
         return placement_pb2.ClusterCapacity(
-            count=min(total, request.count_limit or total), limit_reached=limited, nodes=rooms, revision=7
+            count=min(total, request.count_limit or total),
+            limit_reached=limited,
+            nodes=rooms[: request.max_nodes or 1000],
+            nodes_considered=len(rooms),
+            limits=[placement_pb2.RefusalCount(filter="resources", nodes=len(rooms))],
+            revision=7,
         )
 
     def TaintNode(self, request: Any, context: Any) -> operation_pb2.Operation:

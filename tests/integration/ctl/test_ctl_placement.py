@@ -69,7 +69,10 @@ def test_capacity_says_how_many_where_and_what_ends_it(server, ctl, tmp_path):
     limited = ctl("cluster", "capacity", "-f", str(file), "--count-limit", "4")
     quiet = ctl("cluster", "capacity", "-f", str(file), "-q")
 
+    few = ctl("cluster", "capacity", "-f", str(file), "--nodes", "1")
+
     assert done.code == 0, done.err
+    assert few.out.endswith("and 1 more nodes; of all 2, by what ends it there: resources 2\n")
     assert done.out.splitlines()[0] == "6 more fit"
     assert "needs 1 cores, 0 free of 3" in done.out
     assert limited.out.splitlines()[0] == "4 or more (counting ended there) fit"

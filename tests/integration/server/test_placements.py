@@ -293,6 +293,9 @@ async def test_capacity_is_what_then_really_fits() -> None:
             ("b", 1, "resources"),
             ("c", 0, "schedulable"),
         ]
+        assert [(r.filter, r.nodes) for r in found.limits] == [("resources", 2), ("schedulable", 1)]
+        few = await plane.explainer.capacity(order, limit=100, max_nodes=1)
+        assert (few.count, len(few.nodes), few.nodes_considered) == (3, 1, 3)
         for number in range(3):
             await placed(plane, draft(f"i{number}", cpu_cores=1.5))
         with pytest.raises(ResourceExhausted):

@@ -89,6 +89,8 @@ class CapacityAnswer:
     count: int
     limit_reached: bool
     nodes: tuple[NodeRoom, ...]
+    limits: tuple[RefusalCount, ...]
+    nodes_considered: int
     revision: int
 
 
@@ -142,7 +144,7 @@ class Explainer:
             recorded=instance.placement,
         )
 
-    async def capacity(self, order: InstanceDraft, *, limit: int) -> CapacityAnswer:
+    async def capacity(self, order: InstanceDraft, *, limit: int, max_nodes: int = 1000) -> CapacityAnswer:
         """How many more instances like this fit, and where."""
         check_project(order.project)
         batch = Batch(self._known, now=self._clock.now())
@@ -159,7 +161,14 @@ class Explainer:
             limit_check = judge.reason_against(case, state)
             nodes.append(NodeRoom(state.node.id, state.node.hostname, count, limit_check))
         nodes.sort(key=lambda n: (-n.count, n.hostname))
-        return CapacityAnswer(total, total >= limit, tuple(nodes), revision)
+        return CapacityAnswer(
+            count=total,
+            limit_reached=total >= limit,
+            nodes=tuple(nodes[:max_nodes]),
+            limits=_counted((n.limit, n.hostname) for n in nodes if n.limit is not None),
+            nodes_considered=len(nodes),
+            revision=revision,
+        )
 
     def _look(self, order: InstanceDraft) -> tuple[Snapshot, int]:
         """A copy of the cluster as the next decision would see it."""
@@ -244,13 +253,16 @@ def _ranked(judged: Iterable[Judgement], request: Request) -> list[JudgedNode]:
 
 
 def _refusals(judged: Iterable[Judgement]) -> tuple[RefusalCount, ...]:
+    return _counted((one.failed[0], one.state.node.hostname) for one in judged if one.failed)
+
+
+def _counted(checks: Iterable[tuple[Check, str]]) -> tuple[RefusalCount, ...]:
+    """How many of the checks, each with the host name of its node, there are of each filter."""
     found: dict[str, RefusalCount] = {}
-    for one in judged:
-        if one.failed:
-            check = one.failed[0]
-            known = found.get(check.filter)
-            if known is None:
-                found[check.filter] = RefusalCount(check.filter, 1, check.reason, one.state.node.hostname)
-            else:
-                found[check.filter] = replace(known, nodes=known.nodes + 1)
+    for check, hostname in checks:
+        known = found.get(check.filter)
+        if known is None:
+            found[check.filter] = RefusalCount(check.filter, 1, check.reason, hostname)
+        else:
+            found[check.filter] = replace(known, nodes=known.nodes + 1)
     return tuple(sorted(found.values(), key=lambda r: (-r.nodes, r.filter)))

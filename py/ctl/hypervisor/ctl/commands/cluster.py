@@ -51,11 +51,20 @@ def info(invocation: Invocation) -> None:
     show_default=True,
     help="Stop counting at this many.",
 )
+@click.option(
+    "--nodes",
+    "max_nodes",
+    metavar="N",
+    type=click.IntRange(1, 10_000),
+    default=50,
+    show_default=True,
+    help="How many nodes to show.",
+)
 @project_option
 @formatted
 @connected
 @pass_invocation
-def capacity(invocation: Invocation, *, file: str, count_limit: int, project: str) -> None:
+def capacity(invocation: Invocation, *, file: str, count_limit: int, max_nodes: int, project: str) -> None:
     """Show how many more instances like one fit, and where.
 
     They are counted as if placed one after another; nothing is made or reserved.
@@ -68,7 +77,7 @@ def capacity(invocation: Invocation, *, file: str, count_limit: int, project: st
             "--file", f"{file} describes {len(instances)} instances: give one", reason="MANIFEST_INVALID"
         )
     session = invocation.session()
-    request = GetClusterCapacityRequest(instance=instances[0], count_limit=count_limit)
+    request = GetClusterCapacityRequest(instance=instances[0], count_limit=count_limit, max_nodes=max_nodes)
     found = session.read(
         session.cluster.GetClusterCapacity, request, deadline=invocation.deadline(READ_TIMEOUT_S)
     )

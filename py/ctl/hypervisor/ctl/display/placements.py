@@ -58,6 +58,13 @@ def capacity_text(found: "ClusterCapacity") -> str:
     lines = [f"{found.count} {more} {fit}"]
     if found.nodes:
         lines += ["", *render(_capacity_columns(), list(found.nodes))]
+    left_out = found.nodes_considered - len(found.nodes)
+    if left_out > 0:
+        ends = ", ".join(f"{one.filter} {one.nodes}" for one in found.limits)
+        lines += [
+            "",
+            f"and {left_out} more nodes; of all {found.nodes_considered}, by what ends it there: {ends}",
+        ]
     return "\n".join(lines)
 
 

@@ -3,7 +3,7 @@
 from hypervisor.server.api.instance_requests import draft_of_instance, read_ref_of
 from hypervisor.server.api.rpc import Call, Handler
 from hypervisor.server.api.violations import Violations
-from hypervisor.server.explaining import CapacityAnswer, Explainer, Explanation, JudgedNode
+from hypervisor.server.explaining import CapacityAnswer, Explainer, Explanation, JudgedNode, RefusalCount
 from hypervisor.server.services import Instances
 from hypervisor.v1 import cluster_pb2, compute_pb2, placement_pb2
 from hypervisor.wire.constraints import parts_to_wire, record_to_wire
@@ -13,6 +13,8 @@ __all__ = ["PlacementHandlers", "explanation_to_wire"]
 _DEFAULT_NODES = 5
 _MOST_NODES = 1000
 _MOST_COUNT = 100_000
+_DEFAULT_ROOMS = 1000
+_MOST_ROOMS = 10_000
 _UNNAMED = "instance"
 """Name of an instance that is only asked about."""
 
@@ -59,11 +61,12 @@ class PlacementHandlers:
     ) -> placement_pb2.ClusterCapacity:
         wrong = Violations()
         limit = wrong.whole("count_limit", request.count_limit, low=0, high=_MOST_COUNT) or _MOST_COUNT
+        most = wrong.whole("max_nodes", request.max_nodes, low=0, high=_MOST_ROOMS) or _DEFAULT_ROOMS
         if not request.HasField("instance"):
             wrong.add("instance", "is required: give type and spec")
             wrong.check()
         draft = draft_of_instance(request.instance, "instance", unnamed=_UNNAMED, wrong=wrong)
-        return _capacity_to_wire(await self._explainer.capacity(draft, limit=limit))
+        return _capacity_to_wire(await self._explainer.capacity(draft, limit=limit, max_nodes=most))
 
 
 def explanation_to_wire(found: Explanation) -> placement_pb2.PlacementExplanation:
@@ -77,14 +80,15 @@ def explanation_to_wire(found: Explanation) -> placement_pb2.PlacementExplanatio
         nodes_fit=found.nodes_fit,
         nodes=map(_judged_to_wire, found.nodes),
         asked_node=None if found.asked_node is None else _judged_to_wire(found.asked_node),
-        refusals=[
-            placement_pb2.RefusalCount(
-                filter=one.filter, nodes=one.nodes, example=one.example, hostname=one.hostname
-            )
-            for one in found.refusals
-        ],
+        refusals=map(_refusal_to_wire, found.refusals),
         scheduler=found.scheduler,
         revision=found.revision,
+    )
+
+
+def _refusal_to_wire(one: RefusalCount) -> placement_pb2.RefusalCount:
+    return placement_pb2.RefusalCount(
+        filter=one.filter, nodes=one.nodes, example=one.example, hostname=one.hostname
     )
 
 
@@ -116,4 +120,6 @@ def _capacity_to_wire(found: CapacityAnswer) -> placement_pb2.ClusterCapacity:
             for node in found.nodes
         ],
         revision=found.revision,
+        nodes_considered=found.nodes_considered,
+        limits=map(_refusal_to_wire, found.limits),
     )

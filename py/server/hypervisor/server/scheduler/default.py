@@ -133,7 +133,7 @@ class DefaultScheduler:
         """Why no node will do. What was said of a node is kept for the next request that asks the same: filters are
         pure and states frozen, so that holds as long as the state is the same object."""
         case = Case(request, snapshot)
-        if case.affinity or case.anti_affinity or case.refused:
+        if case.affinity or case.anti_affinity or self._table.refused_by_others(request):
             return self.judge.refuse(case)
         asked = (request.type, request.resources, request.constraints, request.node, request.tolerations)
         if asked != self._refused_for or len(self._refused) > 2 * len(snapshot.nodes):
@@ -153,9 +153,11 @@ def _after(request: Request, snapshot: Snapshot, counts: Mapping[str, int]) -> S
     nodes: dict[str, NodeState] = dict(snapshot.nodes)
     instances: dict[str, PlacedInstance] = dict(snapshot.instances)
     refuses = tuple(t for t in request.anti_affinity if not t.preferred)
+    # Without terms of its own nothing about it depends on where its like are.
+    related = bool(request.affinity or request.anti_affinity or request.spread)
     for node_id, count in counts.items():
         nodes[node_id] = nodes[node_id].with_more(request.resources, count)
-        for number in range(count):
+        for number in range(count if related else 0):
             instances[f"{node_id}/{number}"] = PlacedInstance(
                 node_id, request.project, request.labels, refuses
             )

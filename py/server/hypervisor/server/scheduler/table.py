@@ -377,6 +377,13 @@ class ClusterTable:
             found.append((self._mild.of(look, fill_mild), weights["taints"]))
         return found
 
+    def refused_by_others(self, request: Request) -> bool:
+        """Whether some placed instance has a required term of anti-affinity that means this one."""
+        return any(
+            one.project == request.project and matches(one.term.selector, request.labels)
+            for one in self._refusing
+        )
+
     def parts(self, compiled: Compiled, slot: int) -> tuple[ScorePart, ...]:
         """What each score says of the node of a slot, under the names of the scores."""
         images = set(self._images.columns())
