@@ -7,15 +7,15 @@ a class, images and mild taints as preferences. The least lately used columns ar
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
-from hypervisor.core.model import AffinityTerm, LabelConstraint, ScorePart, SpreadTerm, Toleration
-from hypervisor.core.resources import GIB, MIB, ZERO
+from hypervisor.core.model import AffinityTerm, LabelConstraint, ScorePart, SpreadTerm
+from hypervisor.core.resources import GIB, MIB
 from hypervisor.core.states import InstanceType, NodeStatus, PlacementPolicy
 from hypervisor.ext import scoring
-from hypervisor.server.scheduler.case import Case, self_match
+from hypervisor.server.scheduler.case import self_match
+from hypervisor.server.scheduler.columns import Columns, Static
 from hypervisor.server.scheduler.contract import (
     Changes,
     NodeState,
@@ -26,7 +26,7 @@ from hypervisor.server.scheduler.contract import (
 )
 from hypervisor.server.scheduler.judge import Judge, hash_of, share_of_weight
 from hypervisor.server.scheduler.places import Matching, Places, Refusing
-from hypervisor.server.scheduler.plugins import BEST, SCORES, LabelsMatch, PinnedNode, Taints, TaintsTolerated
+from hypervisor.server.scheduler.plugins import BEST, SCORES
 
 __all__ = ["ClusterTable", "Compiled"]
 
@@ -39,11 +39,8 @@ _REQUESTS_KEPT = 256
 _NO_SLOT = scoring.MAX_NODES - 1
 """The slot asked for by a request that is pinned to a node which is not there."""
 
-_NOTHING = Snapshot({})
 
 _ORDER = {one.name: number for number, one in enumerate(SCORES)}
-_STATIC_FILTERS = (PinnedNode(), LabelsMatch(), TaintsTolerated())
-K = TypeVar("K")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,37 +56,6 @@ class Compiled:
     waived: "scoring.Request | None" = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Static:
-    """What a request asks of a node's record, however full the node and the cluster are."""
-
-    node: str
-    constraints: tuple[LabelConstraint, ...]
-    tolerations: tuple[Toleration, ...]
-
-    def eligible(self, state: NodeState) -> bool:
-        """Whether the node passes the filters that look at its record alone."""
-        case = self._case()
-        return all(one.reason_against(case, state) is None for one in _STATIC_FILTERS)
-
-    def mildness(self, state: NodeState) -> int:
-        """What the score ``taints`` says of the node."""
-        return Taints().score(self._case(), state)
-
-    def _case(self) -> Case:
-        return Case(
-            Request(
-                InstanceType.CONTAINER,
-                ZERO,
-                PlacementPolicy.SPREAD,
-                constraints=self.constraints,
-                node=self.node,
-                tolerations=self.tolerations,
-            ),
-            _NOTHING,
-        )
-
-
 class ClusterTable:
     """See the module's docstring."""
 
@@ -103,16 +69,16 @@ class ClusterTable:
         self._instances_on: dict[str, dict[str, None]] = {}
         self._refusing: Counter[Refusing] = Counter()
         self._places = Places(self.table, forgot=self._forget_requests)
-        self._classes: _Columns[_Static] = _Columns(
+        self._classes: Columns[Static] = Columns(
             _CLASSES_KEPT, self.table.add_class, self.table.drop_class, forgot=self._forget_requests
         )
-        self._images: _Columns[str] = _Columns(
+        self._images: Columns[str] = Columns(
             _PREFERENCES_KEPT,
             self.table.add_preference,
             self.table.drop_preference,
             forgot=self._forget_requests,
         )
-        self._mild: _Columns[_Static] = _Columns(
+        self._mild: Columns[Static] = Columns(
             _PREFERENCES_KEPT,
             self.table.add_preference,
             self.table.drop_preference,
@@ -348,7 +314,7 @@ class ClusterTable:
         return (-1, node) if len(found) > 1 else (found[0] if found else _NO_SLOT, "")
 
     def _class_of(self, request: Request, node: str) -> int:
-        look = _Static(node, request.constraints, request.tolerations)
+        look = Static(node, request.constraints, request.tolerations)
 
         def fill(column: int) -> None:
             for node_id, slot in self._slots.items():
@@ -368,7 +334,7 @@ class ClusterTable:
 
             found.append((self._images.of(request.image, fill_image), weights["image"]))
         if weights["taints"]:
-            look = _Static("", (), request.tolerations)
+            look = Static("", (), request.tolerations)
 
             def fill_mild(column: int) -> None:
                 for node_id, slot in self._slots.items():
@@ -400,42 +366,6 @@ class ClusterTable:
         ]
         # In the order in which explanations have them.
         return tuple(sorted(found, key=lambda part: _ORDER[part.name]))
-
-
-class _Columns(Generic[K]):
-    """Columns of the table by what they are for, the least lately used forgotten."""
-
-    def __init__(
-        self, most: int, add: Callable[[], int], drop: Callable[[int], None], *, forgot: Callable[[], None]
-    ) -> None:
-        self._most = most
-        self._add = add
-        self._drop = drop
-        self._forgot = forgot
-        self._kept: OrderedDict[K, int] = OrderedDict()
-
-    def items(self) -> Iterable[tuple[K, int]]:
-        """What there is, by purpose."""
-        return self._kept.items()
-
-    def columns(self) -> Iterable[int]:
-        """Ids of the columns."""
-        return self._kept.values()
-
-    def of(self, purpose: K, fill: Callable[[int], None]) -> int:
-        """The column for the purpose, filled if it is new."""
-        column = self._kept.get(purpose)
-        if column is not None:
-            self._kept.move_to_end(purpose)
-            return column
-        column = self._add()
-        fill(column)
-        self._kept[purpose] = column
-        if len(self._kept) > self._most:
-            _, old = self._kept.popitem(last=False)
-            self._drop(old)
-            self._forgot()
-        return column
 
 
 def _columns(state: NodeState) -> tuple[int, ...]:
