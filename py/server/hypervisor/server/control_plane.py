@@ -107,7 +107,9 @@ class ControlPlane:
         )
         self.operations: Operations = operations
         self.nodes: Nodes = nodes
-        placer = Placer(scheduler, ledger, default_policy=settings.policy, seed=settings.scheduler_seed)
+        placer = self.placer = Placer(
+            scheduler, ledger, default_policy=settings.policy, seed=settings.scheduler_seed
+        )
         self.explainer = Explainer(
             placer, self.committer.known, clock, resolve_node=lambda name: nodes.resolve(name).value.id
         )

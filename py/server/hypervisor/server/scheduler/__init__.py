@@ -1,7 +1,7 @@
-"""Choosing nodes. ``contract`` is the interface and its values, ``plugins`` the filters and scores, ``judge`` applies them
-node by node on a ``case`` (a request and a snapshot), ``table`` has the cluster as the native node table, with ``columns``
-and the counts of ``places``, ``default`` is the scheduler made of these, ``registry`` how a scheduler is chosen by name.
-Everything here is pure: no store, no clock, no randomness but the request's seed.
+"""Choosing nodes. ``contract`` is the interface and its values, ``plugins`` the filters and scores; ``judge`` applies
+them node by node on a ``case`` (a request and a snapshot); ``table`` has the cluster as the native node table, with
+``columns`` and the counts of ``places``; ``default`` is the scheduler made of these, ``registry`` how a scheduler is
+chosen by name. Everything here is pure: no store, no clock, no randomness but the request's seed.
 
 ::
 
