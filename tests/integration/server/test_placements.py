@@ -41,6 +41,7 @@ from hypervisor.server.control_plane import ControlPlane, ControlPlaneSettings
 from hypervisor.server.ledger import AllocationRules
 from hypervisor.server.services import InstanceDraft, InstanceRef, NodeRegistration, StopOptions
 from hypervisor.server.store.memory import MemoryStorage
+from hypervisor.server.store.storage import Storage
 
 WEB = (LabelConstraint(key="app", values=("web",)),)
 GPU = Taint(key="gpu", value="yes", effect=TaintEffect.NO_SCHEDULE)
@@ -323,10 +324,12 @@ async def test_capacity_heeds_what_the_instances_themselves_ask_for() -> None:
 
 
 @pytest.mark.parametrize(("topology", "nodes"), [("hypervisor/zone", 8), ("hypervisor/hostname", 2)])
-async def test_two_servers_at_once_keep_apart_what_must_be_apart(topology: str, nodes: int) -> None:
+async def test_two_servers_at_once_keep_apart_what_must_be_apart(
+    storage: Storage, topology: str, nodes: int
+) -> None:
     """In a zone they choose different nodes, with no record in common but the register of such terms; on one node, the
     loser has to see the other's instance before it thinks again."""
-    storage, agents = MemoryStorage(SystemClock()), MemoryAgents()
+    agents = MemoryAgents()
     apart = (AffinityTerm(selector=WEB, topology=topology),)
     async with (
         control_plane(storage, agents, server_id="s-1") as one,
@@ -364,11 +367,10 @@ async def test_two_servers_at_once_keep_apart_what_must_be_apart(topology: str, 
                     InstanceRef(instance.name), mutation(), options=StopOptions(0.0), force=True
                 )
             await two.view.wait_revision(one.view.revision)
-    await storage.aclose()
 
 
-async def test_two_servers_at_once_begin_a_group_in_one_place() -> None:
-    storage, agents = MemoryStorage(SystemClock()), MemoryAgents()
+async def test_two_servers_at_once_begin_a_group_in_one_place(storage: Storage) -> None:
+    agents = MemoryAgents()
     near = (AffinityTerm(selector=WEB, topology="hypervisor/zone"),)
     async with (
         control_plane(storage, agents, server_id="s-1") as one,
@@ -390,7 +392,6 @@ async def test_two_servers_at_once_begin_a_group_in_one_place() -> None:
         await one.view.wait_revision(await storage.current_revision())
         zones = {_place(one, i.value, "hypervisor/zone") for i in one.view.instances()}
         assert len(zones) == 1
-    await storage.aclose()
 
 
 def _place(plane: ControlPlane, instance: Instance, topology: str) -> str:
