@@ -115,8 +115,10 @@ class SpreadTerm(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ScorePart(msgspec.Struct, frozen=True, array_like=True):
-    """What one score says of a node: 0 (worst) to 1000 (best), and what it is multiplied by. Stored as a list: there are
-    several in the record of every instance."""
+    """What one score says of a node: 0 (worst) to 1000 (best), and what it is multiplied by.
+
+    Stored as a list: there are several in the record of every instance.
+    """
 
     name: str
     value: int
