@@ -11,7 +11,10 @@ from hvtest_control_plane import allocation_is_sum, control_plane, draft, mutati
 from hypervisor.core.clock import SystemClock
 from hypervisor.core.errors import HypervisorError, Internal, InvalidArgument
 from hypervisor.core.states import TRANSITIONAL, InstanceStatus
+from hypervisor.server import keys
 from hypervisor.server.control_plane import ControlPlane, ControlPlaneSettings
+from hypervisor.server.drafts import Batch
+from hypervisor.server.scheduler.judge import Judge
 from hypervisor.server.services import Caller, HeartbeatTimes, InstanceRef, NodeRegistration, StopOptions
 from hypervisor.server.store.memory import MemoryStorage
 
@@ -83,6 +86,23 @@ async def step(
         pass  # refusals and failures are part of the story
 
 
+def table_agrees(plane: ControlPlane) -> None:
+    """What was followed through all commits, conflicts and failures is what is there, and the choice is made on it."""
+    batch = Batch(plane.committer.known, now=SystemClock().now())
+    probe = batch.draft()
+    for cpu_cores in (0.5, 2.0, 5.0):
+        order = draft("probe", cpu_cores=cpu_cores)
+        snapshot = plane.placer.look(probe, order)
+        for node_id, state in snapshot.nodes.items():
+            held = probe.peek(keys.allocation(node_id))
+            assert held is not None
+            assert (state.reserved, state.instances) == (held.value.reserved, held.value.instances)
+        for instance_id in {*snapshot.instances, *(i.value.id for i in plane.view.instances())}:
+            assert (instance_id in snapshot.instances) == (probe.peek(keys.instance(instance_id)) is not None)
+        request = plane.placer.request(order, seed="probe")
+        assert plane.placer.scheduler.schedule(request, snapshot) == Judge().schedule(request, snapshot)
+
+
 async def history(steps: list[tuple[str, int, int]]) -> None:
     storage, agents = MemoryStorage(SystemClock()), MemoryAgents()
     node = registration(cpu_cores=6)
@@ -99,6 +119,8 @@ async def history(steps: list[tuple[str, int, int]]) -> None:
             await asyncio.sleep(0)
             if len(pending) % 3 == 0:
                 await allocation_is_sum(storage)
+            table_agrees(one)
+            table_agrees(two)
         await asyncio.gather(*pending)
         await allocation_is_sum(storage)
 
@@ -113,6 +135,8 @@ async def history(steps: list[tuple[str, int, int]]) -> None:
                 if not any(i.operation_id or i.status in unsettled for i in instances):
                     break
                 await asyncio.sleep(0.01)
+        table_agrees(one)
+        table_agrees(two)
         held = await allocation_is_sum(storage)
         assert held[node.id].reserved.fits_in(node.resources.capacity)
         assert {i.id for i in instances if i.status_reason != "LOST"} == agent.holds()

@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 
+from hvtest_fake_placement import FakePlacement, explained
 from hvtest_fake_state import RUNNING, STOPPED, FakeState, Stop, refuse
 from hypervisor.core import errors
 from hypervisor.v1 import (
@@ -34,6 +35,7 @@ _CONSOLE_BANNER = b"Welcome to the console\r\n$ "
 
 
 class FakeServer(
+    FakePlacement,
     FakeState,
     cluster_pb2_grpc.ClusterServiceServicer,
     compute_pb2_grpc.ComputeServiceServicer,
@@ -215,6 +217,7 @@ class FakeServer(
             if request.validate_only:
                 operation.instance.CopyFrom(wanted)
                 operation.instance.node_id = next(iter(self.nodes), "")
+                operation.explanation.CopyFrom(explained(self.nodes.values(), operation.instance.node_id))
                 return
             stopped = wanted.desired_state == instance_pb2.DESIRED_STATE_STOPPED
             made = self.add_instance(wanted.name, status=STOPPED if stopped else RUNNING, type=wanted.type)

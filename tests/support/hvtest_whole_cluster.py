@@ -114,13 +114,18 @@ class WholeAgent:
 
 @asynccontextmanager
 async def whole_agent(
-    server: WholeServer, directory: Path, *, hostname: str = "node-1", lacks: Sequence[str] = ()
+    server: WholeServer,
+    directory: Path,
+    *,
+    hostname: str = "node-1",
+    lacks: Sequence[str] = (),
+    taints: Sequence[str] = (),
 ) -> AsyncIterator[WholeAgent]:
     """An agent that has registered as ``hostname``, with the fake driver for all types."""
     data = directory / hostname
     settings = AgentSettings.model_validate(
         {
-            "node": {"hostname": hostname, "labels": {"disk": "ssd"}},
+            "node": {"hostname": hostname, "labels": {"disk": "ssd"}, "taints": taints},
             "agent": {
                 "port": 0,
                 "server_address": [server.addresses.grpc],

@@ -121,3 +121,55 @@ def test_tags_that_make_objects_are_not_followed():
     text = "name: !!python/object/apply:os.system ['true']\ntype: vm\nspec: {}"
 
     assert problems(text)[0][0] == "f.yaml:1: name"
+
+
+def test_where_an_instance_wants_to_be() -> None:
+    (found,) = parse_manifest(
+        """
+name: web
+type: container
+spec:
+  image: x
+  tolerations: [gpu, "dedicated=web:no_schedule"]
+  affinity:
+    - app=db@hypervisor/zone
+    - {selector: "app in (a, b)", preferred: true, weight: 50}
+  anti_affinity: [app=web]
+  spread: [{selector: app=web, topology: rack, weight: 7}]
+""",
+        "f.yaml",
+    )
+
+    spec = found.spec
+    assert [(t.key, t.value) for t in spec.tolerations] == [("gpu", ""), ("dedicated", "web")]
+    assert [(t.topology, t.preferred, t.weight) for t in spec.affinity] == [
+        ("hypervisor/zone", False, 0),
+        ("", True, 50),
+    ]
+    assert list(spec.affinity[1].selector[0].values) == ["a", "b"]
+    assert spec.anti_affinity[0].selector[0].key == "app"
+    assert (spec.spread[0].topology, spec.spread[0].weight) == ("rack", 7)
+
+
+def test_mistakes_in_terms_have_their_lines() -> None:
+    with pytest.raises(InvalidArgument) as wrong:
+        parse_manifest(
+            """name: web
+type: container
+spec:
+  image: x
+  affinity:
+    - {selector: "app in", prefered: true}
+    - {selector: app, preferred: maybe, weight: 101}
+  tolerations: gpu
+  spread: [{}]
+""",
+            "f.yaml",
+        )
+
+    said = {v.field: v.description for v in wrong.value.violations}
+    assert "did you mean preferred?" in said["f.yaml:6: spec.affinity[0].prefered"]
+    assert "f.yaml:6: spec.affinity[0].selector" in said
+    assert said["f.yaml:7: spec.affinity[1].preferred"] == "must be true or false"
+    assert said["f.yaml:7: spec.affinity[1].weight"] == "is 101: use 1 to 100"
+    assert said["f.yaml:8: spec.tolerations"] == "must be a list"

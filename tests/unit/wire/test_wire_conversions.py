@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from hypervisor.core.errors import InvalidArgument
 from hypervisor.core.model import (
+    AffinityTerm,
     Allocation,
     Capability,
     DriverInfo,
@@ -22,7 +23,12 @@ from hypervisor.core.model import (
     NodeResources,
     Observation,
     OperationRecord,
+    PlacementRecord,
     Pressure,
+    ScorePart,
+    SpreadTerm,
+    Taint,
+    Toleration,
 )
 from hypervisor.core.resources import Resources
 from hypervisor.core.states import (
@@ -34,6 +40,8 @@ from hypervisor.core.states import (
     NodeStatus,
     OperationState,
     PlacementPolicy,
+    TaintEffect,
+    TolerationOperator,
 )
 from hypervisor.v1 import cluster_pb2, instance_pb2, node_pb2, operation_pb2
 from hypervisor.wire import enums, instances, nodes, operations, times
@@ -45,6 +53,24 @@ _TIMES = st.datetimes(min_value=datetime(1970, 1, 2), max_value=datetime(9000, 1
     lambda t: t.replace(tzinfo=UTC)
 )
 _LABELS = st.dictionaries(_TEXT, _TEXT, max_size=4)
+
+_SELECTORS = st.lists(
+    st.builds(
+        LabelConstraint,
+        key=_TEXT,
+        operator=st.sampled_from(LabelOperator),
+        values=st.lists(_TEXT, max_size=3).map(tuple),
+    ),
+    max_size=3,
+).map(tuple)
+# The weight of a required term means nothing and is not sent.
+_TERMS = st.builds(AffinityTerm, selector=_SELECTORS, topology=_TEXT.filter(bool)) | st.builds(
+    AffinityTerm,
+    selector=_SELECTORS,
+    topology=_TEXT.filter(bool),
+    preferred=st.just(True),
+    weight=st.integers(1, 100),
+)
 
 _SPECS = st.builds(
     InstanceSpec,
@@ -59,17 +85,25 @@ _SPECS = st.builds(
     env=_LABELS,
     working_dir=_TEXT,
     pids_limit=st.integers(min_value=1, max_value=2**22),
-    node_selector=st.lists(
+    node_selector=_SELECTORS,
+    placement_policy=st.none() | st.sampled_from(PlacementPolicy),
+    node=_TEXT,
+    tolerations=st.lists(
         st.builds(
-            LabelConstraint,
+            Toleration,
             key=_TEXT,
-            operator=st.sampled_from(LabelOperator),
-            values=st.lists(_TEXT, max_size=3).map(tuple),
+            operator=st.sampled_from(TolerationOperator),
+            value=_TEXT,
+            effect=st.none() | st.sampled_from(TaintEffect),
         ),
         max_size=3,
     ).map(tuple),
-    placement_policy=st.none() | st.sampled_from(PlacementPolicy),
-    node=_TEXT,
+    affinity=st.lists(_TERMS, max_size=3).map(tuple),
+    anti_affinity=st.lists(_TERMS, max_size=3).map(tuple),
+    spread=st.lists(
+        st.builds(SpreadTerm, selector=_SELECTORS, topology=_TEXT.filter(bool), weight=st.integers(1, 100)),
+        max_size=3,
+    ).map(tuple),
 )
 
 _RATE = st.floats(min_value=0, max_value=1e12, allow_nan=False)
@@ -282,3 +316,62 @@ def test_failed_operation_carries_the_error_it_recorded() -> None:
     assert wire.state == operation_pb2.OPERATION_STATE_FAILED
     assert wire.error.code == 5
     assert wire.error.message == "no image x"
+
+
+@given(st.builds(Taint, key=_TEXT, value=_TEXT, effect=st.sampled_from(TaintEffect)), st.booleans())
+def test_taint_survives_the_wire(taint: Taint, configured: bool) -> None:
+    wire = nodes.taint_to_wire(taint, configured=configured)
+
+    assert (nodes.taint_from_wire(wire, "taint"), wire.configured) == (taint, configured)
+
+
+def test_a_node_shows_whose_taints_are_whose_and_what_may_be_reserved() -> None:
+    moment = datetime(2030, 1, 1, tzinfo=UTC)
+    own = Taint(key="a", effect=TaintEffect.NO_SCHEDULE)
+    node = Node(
+        id="n-1",
+        hostname="h",
+        address="a",
+        port=1,
+        created_at=moment,
+        updated_at=moment,
+        own_taints=(own, Taint(key="b", effect=TaintEffect.NO_SCHEDULE)),
+        set_taints=(Taint(key="b", value="mine", effect=TaintEffect.NO_SCHEDULE),),
+    )
+
+    shown = nodes.node_to_wire(
+        node,
+        resource_version=1,
+        allocation=Allocation(node_id="n-1"),
+        allocatable=Resources(cpu_millis=1500, memory_bytes=7, disk_bytes=9),
+    )
+
+    assert [(t.key, t.value, t.configured) for t in shown.taints] == [("a", "", True), ("b", "mine", False)]
+    may = shown.allocatable
+    assert (may.cpu_cores, may.memory_bytes, may.disk_bytes) == (1.5, 7, 9)
+
+
+def test_the_record_of_a_placement_is_shown() -> None:
+    moment = datetime(2030, 1, 1, tzinfo=UTC)
+    record = PlacementRecord(
+        placed_at=moment, scheduler="default", score=70, parts=(ScorePart("load", 14, 5),)
+    )
+    instance = msgspec.structs.replace(_INSTANCE, placement=record)
+
+    shown = instances.instance_to_wire(instance, resource_version=1).placement
+
+    assert (shown.scheduler, shown.score, shown.placed_at.seconds) == ("default", 70, 1893456000)
+    assert [(p.name, p.value, p.weight) for p in shown.parts] == [("load", 14, 5)]
+
+
+_INSTANCE = Instance(
+    id="i-1",
+    name="web",
+    project="default",
+    type=InstanceType.CONTAINER,
+    spec=InstanceSpec(image="x"),
+    status=InstanceStatus.RUNNING,
+    desired=DesiredState.RUNNING,
+    created_at=datetime(2030, 1, 1, tzinfo=UTC),
+    updated_at=datetime(2030, 1, 1, tzinfo=UTC),
+)

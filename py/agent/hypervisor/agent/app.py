@@ -33,6 +33,7 @@ from hypervisor.core.errors import HypervisorError
 from hypervisor.core.ids import IdSource
 from hypervisor.core.model import Observation
 from hypervisor.core.resources import Resources
+from hypervisor.core.taints import parse_taint
 from hypervisor.core.tls import channel_credentials, server_credentials, server_ssl_context
 
 __all__ = ["run_agent"]
@@ -105,6 +106,7 @@ async def run_agent(
             zone=settings.node.zone,
             role=settings.node.role,
             labels=settings.node.labels,
+            taints=tuple(map(parse_taint, settings.node.taints)),
             agent_version=version,
             incarnation=new_id("a"),
             simulated=simulated,

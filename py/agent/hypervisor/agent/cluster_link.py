@@ -15,12 +15,19 @@ import structlog
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import DeadlineExceeded, Unavailable
 from hypervisor.core.grpc_errors import from_rpc_error
-from hypervisor.core.model import DriverInfo, InstanceStats, InstancesUsage, NodeResources, Observation
+from hypervisor.core.model import (
+    DriverInfo,
+    InstanceStats,
+    InstancesUsage,
+    NodeResources,
+    Observation,
+    Taint,
+)
 from hypervisor.core.states import NodeRole
 from hypervisor.v1 import cluster_pb2, cluster_pb2_grpc, node_pb2
 from hypervisor.wire.enums import NODE_ROLE
 from hypervisor.wire.instances import observation_to_wire
-from hypervisor.wire.nodes import driver_to_wire, resources_to_wire
+from hypervisor.wire.nodes import driver_to_wire, resources_to_wire, taint_to_wire
 from hypervisor.wire.stats import stats_to_wire, usage_to_wire
 from hypervisor.wire.times import seconds_of, timestamp_of
 
@@ -56,6 +63,7 @@ class NodeDescription:
     agent_version: str
     incarnation: str
     simulated: bool
+    taints: tuple[Taint, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +157,7 @@ class GrpcClusterLink:
                 drivers=[driver_to_wire(driver) for driver in drivers],
                 agent_version=node.agent_version,
                 simulated=node.simulated,
+                taints=map(taint_to_wire, node.taints),
             ),
             incarnation=node.incarnation,
             instances=[observation_to_wire(seen) for seen in observations],

@@ -12,6 +12,7 @@ from hypervisor.core.logging import LogFormat, LogLevel
 from hypervisor.core.names import check_hostname, check_labels
 from hypervisor.core.settings import Address, ByteSize, Duration, Section, Settings, split_address
 from hypervisor.core.states import NodeRole
+from hypervisor.core.taints import parse_taint
 from hypervisor.core.tls import ClientAuth, ClientTls, ServerTls
 
 __all__ = ["AgentSettings", "ContainerdSection", "MetricsSection"]
@@ -47,6 +48,20 @@ class NodeSection(Section):
     labels: dict[str, str] = pydantic.Field(
         default={}, description="A map for placing instances, such as `disk: ssd`."
     )
+
+    taints: tuple[str, ...] = pydantic.Field(
+        default=(),
+        description="Keep instances away that do not tolerate them: `key:effect` or `key=value:effect` each, the "
+        "effect `no_schedule` or `prefer_no_schedule`, such as `gpu=yes:no_schedule`.",
+    )
+
+    @pydantic.field_validator("taints")
+    @classmethod
+    def _taints_are_legal(cls, taints: tuple[str, ...]) -> tuple[str, ...]:
+        found = [parse_taint(text) for text in taints]
+        if len({(t.key, t.effect) for t in found}) < len(found):
+            raise ValueError("two taints have the same key and effect: leave one out")
+        return taints
 
     @pydantic.field_validator("hostname")
     @classmethod

@@ -21,10 +21,15 @@ from hypervisor.core.states import (
     NodeStatus,
     OperationState,
     PlacementPolicy,
+    TaintEffect,
+    TolerationOperator,
 )
 
 __all__ = [
+    "HOSTNAME_LABEL",
     "SCHEMA_VERSION",
+    "ZONE_LABEL",
+    "AffinityTerm",
     "Allocation",
     "Capability",
     "ConsoleSize",
@@ -39,12 +44,22 @@ __all__ = [
     "NodeResources",
     "Observation",
     "OperationRecord",
+    "PlacementRecord",
     "Pressure",
+    "ScorePart",
+    "SpreadTerm",
+    "Taint",
+    "Toleration",
     "decode",
     "encode",
 ]
 
 SCHEMA_VERSION = 1
+
+HOSTNAME_LABEL = "hypervisor/hostname"
+"""Label of nodes that tells each from all others."""
+ZONE_LABEL = "hypervisor/zone"
+"""Label of nodes that tells their zone."""
 
 
 class LabelConstraint(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,6 +68,72 @@ class LabelConstraint(msgspec.Struct, frozen=True, kw_only=True):
     key: str
     operator: LabelOperator = LabelOperator.IN
     values: tuple[str, ...] = ()
+
+
+class Taint(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Keeps instances that do not tolerate it away from a node; see Taint in node.proto."""
+
+    key: str
+    effect: TaintEffect
+    value: str = ""
+
+    def __str__(self) -> str:
+        """As users write it: ``gpu=yes:no_schedule``."""
+        return f"{self.key}{f'={self.value}' if self.value else ''}:{self.effect.value}"
+
+
+class Toleration(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Taints that an instance does not mind; see Toleration in instance.proto. ``effect`` None: both."""
+
+    key: str = ""
+    operator: TolerationOperator = TolerationOperator.EQUAL
+    value: str = ""
+    effect: TaintEffect | None = None
+
+    def covers(self, taint: Taint) -> bool:
+        """Whether the taint is one of those meant."""
+        if self.effect is not None and self.effect is not taint.effect:
+            return False
+        if self.operator is TolerationOperator.EXISTS:
+            return self.key in ("", taint.key)
+        return (self.key, self.value) == (taint.key, taint.value)
+
+
+class AffinityTerm(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Near or away from instances with these labels; see AffinityTerm in instance.proto."""
+
+    selector: tuple[LabelConstraint, ...]
+    topology: str = HOSTNAME_LABEL
+    preferred: bool = False
+    weight: int = 100
+
+
+class SpreadTerm(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Prefer places that hold fewer instances with these labels; see SpreadTerm in instance.proto."""
+
+    selector: tuple[LabelConstraint, ...]
+    topology: str = ZONE_LABEL
+    weight: int = 100
+
+
+class ScorePart(msgspec.Struct, frozen=True, array_like=True):
+    """What one score says of a node: 0 (worst) to 1000 (best), and what it is multiplied by.
+
+    Stored as a list: there are several in the record of every instance.
+    """
+
+    name: str
+    value: int
+    weight: int
+
+
+class PlacementRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Why an instance was placed where it is, as recorded when that was decided."""
+
+    placed_at: datetime
+    scheduler: str
+    score: int = 0
+    parts: tuple[ScorePart, ...] = ()
 
 
 class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -72,6 +153,10 @@ class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     node_selector: tuple[LabelConstraint, ...] = ()
     placement_policy: PlacementPolicy | None = None
     node: str = ""
+    tolerations: tuple[Toleration, ...] = ()
+    affinity: tuple[AffinityTerm, ...] = ()
+    anti_affinity: tuple[AffinityTerm, ...] = ()
+    spread: tuple[SpreadTerm, ...] = ()
 
     @property
     def resources(self) -> Resources:
@@ -107,6 +192,7 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     observed_sequence: int = 0
     transition_deadline: datetime | None = None
     """Past it the reconciler re-drives a transitional state."""
+    placement: PlacementRecord | None = None
     v: int = SCHEMA_VERSION
 
 
@@ -263,7 +349,19 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     incarnation: str = ""
     lease_id: str = ""
     simulated: bool = False
+    own_taints: tuple[Taint, ...] = ()
+    """Those of the agent's configuration; each registration replaces them."""
+    set_taints: tuple[Taint, ...] = ()
+    """Those that users have set."""
     v: int = SCHEMA_VERSION
+
+    @property
+    def taints(self) -> tuple[Taint, ...]:
+        """All its taints. What users have set wins over the agent's of the same key and effect."""
+        if not self.own_taints:
+            return self.set_taints
+        chosen = {(t.key, t.effect): t for t in (*self.own_taints, *self.set_taints)}
+        return tuple(chosen.values())
 
     def driver_for(self, kind: InstanceType) -> DriverInfo | None:
         """The driver that runs this type here, available or not; None when there is none."""
@@ -305,6 +403,8 @@ class OperationRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     payload_digest: str = ""
     """SHA-256 of the request: the same request_id with another payload is refused."""
     server_id: str = ""
+    node_id: str = ""
+    """Of a create: where the instance was placed; kept when the instance is gone."""
     progress_percent: int = 0
     progress_message: str = ""
     error: ErrorRecord | None = None

@@ -7,6 +7,7 @@ from hypervisor.core.errors import FieldViolation
 
 __all__ = [
     "MAX_LABELS",
+    "MAX_TAINTS",
     "check_dns_label",
     "check_hostname",
     "check_labels",
@@ -14,6 +15,8 @@ __all__ = [
 ]
 
 MAX_LABELS = 64
+MAX_TAINTS = 16
+"""Taints of one node, the agent's and the users' together."""
 _DNS_LABEL = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 _HOSTNAME_PART = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_-]{0,61}[A-Za-z0-9])?")
 _LABEL_PART = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")

@@ -15,6 +15,8 @@ __all__ = [
     "NodeStatus",
     "OperationState",
     "PlacementPolicy",
+    "TaintEffect",
+    "TolerationOperator",
     "can_move",
 ]
 
@@ -87,6 +89,20 @@ class LabelOperator(StrEnum):
 
     IN = "in"
     NOT_IN = "not_in"
+    EXISTS = "exists"
+
+
+class TaintEffect(StrEnum):
+    """What a taint does to instances that do not tolerate it."""
+
+    NO_SCHEDULE = "no_schedule"
+    PREFER_NO_SCHEDULE = "prefer_no_schedule"
+
+
+class TolerationOperator(StrEnum):
+    """How the value of a toleration is meant."""
+
+    EQUAL = "equal"
     EXISTS = "exists"
 
 

@@ -15,27 +15,37 @@
       env: {GREETING: hello}
       node_selector: zone in (a, b)
       placement_policy: binpack
+      tolerations: [gpu, dedicated=web:no_schedule]
+      affinity: [app=db@hypervisor/zone]              # required; as a mapping it can be preferred:
+      anti_affinity: [{selector: app=web, preferred: true, weight: 50}]
+      spread: [app=web@hypervisor/zone]
 """
 
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from hypervisor.core.errors import FieldViolation, InvalidArgument
 from hypervisor.core.names import shorten
 from hypervisor.ctl import quantities
-from hypervisor.ctl.selectors import add_selector, parse_selector
+from hypervisor.ctl.selectors import Condition, add_selector, parse_selector, selector_of
+from hypervisor.ctl.terms import affinity_of, spread_of, toleration_of
 from hypervisor.v1.instance_pb2 import (
+    AffinityTerm,
     DesiredState,
     Instance,
     InstanceType,
     PlacementPolicy,
+    SpreadTerm,
+    Toleration,
 )
 
 __all__ = ["parse_manifest"]
+
+V = TypeVar("V")
 
 _TEXT_FIELDS = ("image", "kernel_path", "initrd_path", "kernel_args", "working_dir", "node")
 _SPEC_KEYS = (
@@ -51,13 +61,17 @@ _SPEC_KEYS = (
         "kernel_args",
     ),
     *("command", "env", "working_dir", "pids_limit", "node_selector", "placement_policy", "node"),
+    *("tolerations", "affinity", "anti_affinity", "spread"),
 )
 _TOP_KEYS = ("name", "type", "project", "labels", "desired_state", "spec")
 
 
-def parse_manifest(text: str, source: str) -> list[Instance]:
-    """The instances of a file. InvalidArgument (MANIFEST_INVALID) lists every mistake with its line."""
-    reader = _Reader(source)
+def parse_manifest(text: str, source: str, *, named: bool = True) -> list[Instance]:
+    """The instances of a file. InvalidArgument (MANIFEST_INVALID) lists every mistake with its line.
+
+    Without ``named`` they need no name: nothing is to be made of them.
+    """
+    reader = _Reader(source, ("name", "type", "spec") if named else ("type", "spec"))
     loader = yaml.SafeLoader(text)
     instances: list[Instance] = []
     try:
@@ -87,6 +101,7 @@ class _Reader:
     """Walks the nodes of a document, so that each mistake has its line."""
 
     source: str
+    required: tuple[str, ...]
     problems: list[FieldViolation] = field(default_factory=list)
 
     def wrong(self, line: int, key: str, description: str) -> None:
@@ -96,7 +111,7 @@ class _Reader:
     def instance(self, node: yaml.Node) -> Instance:
         instance = Instance()
         keys = self._mapping(node, "", _TOP_KEYS)
-        for key in ("name", "type", "spec"):
+        for key in self.required:
             if key not in keys:
                 self.wrong(node.start_mark.line + 1, key, "is required")
         for key in ("name", "project"):
@@ -143,8 +158,59 @@ class _Reader:
                 spec.placement_policy = self._enum(
                     child, path, PlacementPolicy, "PLACEMENT_POLICY_", PlacementPolicy.values
                 )
+            elif key == "tolerations":
+                spec.tolerations.extend(self._each(child, path, self._toleration))
+            elif key == "affinity":
+                spec.affinity.extend(self._each(child, path, self._affinity))
+            elif key == "anti_affinity":
+                spec.anti_affinity.extend(self._each(child, path, self._affinity))
+            elif key == "spread":
+                spec.spread.extend(self._each(child, path, self._spread))
             else:
                 add_selector(instance, self._converted(child, path, parse_selector, ()))
+
+    def _each(self, node: yaml.Node, path: str, read: Callable[[yaml.Node, str], Any]) -> list[Any]:
+        if not isinstance(node, yaml.SequenceNode):
+            self.wrong(_line(node), path, "must be a list")
+            return []
+        return [read(child, f"{path}[{number}]") for number, child in enumerate(node.value)]
+
+    def _toleration(self, node: yaml.Node, path: str) -> Toleration:
+        return self._converted(node, path, toleration_of, Toleration())
+
+    def _affinity(self, node: yaml.Node, path: str) -> AffinityTerm:
+        term = AffinityTerm()
+        if isinstance(node, yaml.ScalarNode):
+            return self._converted(node, path, affinity_of, term)
+        keys = self._mapping(node, path, ("selector", "topology", "preferred", "weight"))
+        if "preferred" in keys:
+            word = self._scalar(keys["preferred"], f"{path}.preferred", "true or false")
+            if word not in (None, "true", "false"):
+                self.wrong(_line(keys["preferred"]), f"{path}.preferred", "must be true or false")
+            term.preferred = word == "true"
+        self._term(keys, path, term)
+        return term
+
+    def _spread(self, node: yaml.Node, path: str) -> SpreadTerm:
+        term = SpreadTerm()
+        if isinstance(node, yaml.ScalarNode):
+            return self._converted(node, path, spread_of, term)
+        self._term(self._mapping(node, path, ("selector", "topology", "weight")), path, term)
+        return term
+
+    def _term(self, keys: dict[str, yaml.Node], path: str, term: AffinityTerm | SpreadTerm) -> None:
+        if "selector" in keys:
+            none: tuple[Condition, ...] = ()
+            found = self._converted(keys["selector"], f"{path}.selector", parse_selector, none)
+            term.selector.extend(selector_of(found))
+        if "topology" in keys:
+            term.topology = self._text(keys["topology"], f"{path}.topology")
+        if "weight" in keys:
+            weight = self._integer(keys["weight"], f"{path}.weight")
+            if not 0 <= weight <= 100:
+                self.wrong(_line(keys["weight"]), f"{path}.weight", f"is {weight}: use 1 to 100")
+            else:
+                term.weight = weight
 
     def _mapping(self, node: yaml.Node, path: str, known: tuple[str, ...]) -> dict[str, yaml.Node]:
         if not isinstance(node, yaml.MappingNode):
@@ -212,7 +278,7 @@ class _Reader:
             self.wrong(_line(node), path, f"{shorten(text)} is not one of {', '.join(names)}")
         return names.get(plain, 0)
 
-    def _converted(self, node: yaml.Node, path: str, convert: Callable[[str, str], Any], default: Any) -> Any:
+    def _converted(self, node: yaml.Node, path: str, convert: Callable[[str, str], V], default: V) -> V:
         text = self._scalar(node, path, "text or a number")
         if text is None:
             return default

@@ -15,7 +15,7 @@ from hypervisor.core.errors import InvalidArgument
 from hypervisor.core.names import shorten
 from hypervisor.v1.instance_pb2 import Instance, LabelConstraint
 
-__all__ = ["Condition", "Operator", "add_selector", "parse_selector"]
+__all__ = ["Condition", "Operator", "add_selector", "parse_selector", "selector_of"]
 
 
 class Operator(Enum):
@@ -63,12 +63,12 @@ def parse_selector(field: str, text: str) -> tuple[Condition, ...]:
 
 def add_selector(instance: Instance, conditions: tuple[Condition, ...]) -> None:
     """Append the conditions to the instance's node_selector."""
-    for condition in conditions:
-        instance.spec.node_selector.append(
-            LabelConstraint(
-                key=condition.key, operator=_OPERATORS[condition.operator], values=condition.values
-            )
-        )
+    instance.spec.node_selector.extend(selector_of(conditions))
+
+
+def selector_of(conditions: tuple[Condition, ...]) -> list[LabelConstraint]:
+    """The conditions as the API has them."""
+    return [LabelConstraint(key=c.key, operator=_OPERATORS[c.operator], values=c.values) for c in conditions]
 
 
 def _condition_at(field: str, text: str, position: int) -> tuple[Condition, int]:

@@ -12,6 +12,7 @@ from hypervisor.core.clock import Clock
 from hypervisor.core.ids import IdSource
 from hypervisor.core.settings import split_address
 from hypervisor.core.tls import channel_credentials, server_credentials, server_ssl_context
+from hypervisor.ext import scoring
 from hypervisor.server import auth, keys
 from hypervisor.server.agents_grpc import AgentPool
 from hypervisor.server.api.nodes import About
@@ -60,7 +61,7 @@ async def run_server(
     """
     tls = settings.server_tls()
     agent_tls = settings.agent_tls()
-    scheduler = load_scheduler(settings.scheduler.name)
+    scheduler = load_scheduler(settings.scheduler.name, settings.scheduler.options())
     authenticator = auth.build(settings)
     server_id = new_id("s")
     metrics = Metrics()
@@ -95,6 +96,8 @@ async def run_server(
                 heartbeat=HeartbeatTimes(settings.heartbeat.interval, settings.heartbeat.timeout),
                 policy=settings.scheduler.policy,
                 scheduler_seed=settings.scheduler.seed,
+                allocation=settings.scheduler.allocation_rules(),
+                penalty_half_life_s=settings.scheduler.penalty_half_life,
                 reconciler=ReconcilerSettings(retention_s=settings.operations.retention),
             ),
         )
@@ -111,6 +114,7 @@ async def run_server(
             instances=plane.instances,
             nodes=plane.nodes,
             operations=plane.operations,
+            explainer=plane.explainer,
             clock=clock,
             about=About(version=version, store_backend=settings.store.backend.value, started_at=clock.now()),
         ).register(server, dispatcher)
@@ -126,6 +130,7 @@ async def run_server(
             )
         )
         addresses = Addresses(grpc_address, _bound(settings.server.http_address, gateway.port))
+        log.info("scoring_table", implementation=scoring.implementation)
         log.info("server_starting", server_id=server_id, version=version, store=settings.store.backend.value)
         async with asyncio.TaskGroup() as group:
             running = group.create_task(plane.run(), name="control-plane")

@@ -86,6 +86,7 @@ class Knowledge:
     def __init__(self, view: StoreView) -> None:
         self._view = view
         self._learned: dict[str, tuple[int, Update, int]] = {}
+        self._heard: dict[str, int] = {}
 
     @property
     def revision(self) -> int:
@@ -106,6 +107,14 @@ class Knowledge:
         learned = self._newer(path) if self._learned else None
         return self._view.mod_revision(path) if learned is None else learned[2]
 
+    def unseen(self) -> Iterable[str]:
+        """Keys of which something is known that the view has not seen."""
+        return self._learned.keys()
+
+    def ahead(self, path: str) -> bool:
+        """Whether the record is known from a conflict alone, and the view does not have it yet."""
+        return self._heard.get(path, 0) > self._view.revision
+
     def learn_commit(self, revision: int, updates: Iterable[Update]) -> None:
         """This server's commit wrote ``updates``."""
         self._view.offer(revision, updates)
@@ -117,13 +126,17 @@ class Knowledge:
         """The store said what these keys hold at ``revision``."""
         for path, item in current.items():
             if revision > self._view.revision:
-                self._learn(revision, decode_item(path, item), 0 if item is None else item.mod_revision)
+                modified = 0 if item is None else item.mod_revision
+                if modified > self._view.revision:
+                    self._heard[path] = modified
+                self._learn(revision, decode_item(path, item), modified)
 
     def forget_seen(self) -> None:
         """Drop what the view has seen by now."""
         if self._learned:
             seen = self._view.revision
             self._learned = {p: entry for p, entry in self._learned.items() if entry[0] > seen}
+            self._heard = {p: modified for p, modified in self._heard.items() if modified > seen}
 
     def _learn(self, revision: int, update: Update, mod_revision: int) -> None:
         # The answers of two lanes may come in either order.
@@ -255,6 +268,8 @@ class GroupCommitter:
             case Conflicted(revision, current):
                 self._tell(lane, CommitOutcome.CONFLICTED, started, decisions=len(entries))
                 self.known.learn_items(revision, current)
+                if lane is Lane.PLACEMENTS:
+                    await self._catch_up(revision)
                 await self._again(entries, queue)
 
     def _tell(self, lane: Lane, outcome: CommitOutcome, started: float, *, decisions: int) -> None:
@@ -312,6 +327,14 @@ class GroupCommitter:
         for entry in entries:
             if not entry.future.done():
                 entry.future.set_exception(copy_of(error))
+
+    async def _catch_up(self, revision: int) -> None:
+        """Placements rest on more than they compare (instances that are there): see what moved before the next try."""
+        try:
+            await self._view.wait_revision(revision)
+        except Unavailable:
+            # The decisions look themselves whether they can do without.
+            log.warning("view_behind_conflict", revision=revision, seen=self._view.revision)
 
     async def _again(self, entries: list[_Entry], queue: deque[_Entry]) -> None:
         for entry in entries:

@@ -8,9 +8,12 @@ from typing import ClassVar
 import pydantic
 
 from hypervisor.core.logging import LogFormat, LogLevel
+from hypervisor.core.resources import Resources, millicores
 from hypervisor.core.settings import Address, ByteSize, Duration, Section, Settings, split_address
 from hypervisor.core.states import PlacementPolicy
 from hypervisor.core.tls import ClientAuth, ClientTls, ServerTls
+from hypervisor.server.ledger import AllocationRules
+from hypervisor.server.scheduler.options import DEFAULT_WEIGHTS, SchedulerOptions
 from hypervisor.server.store.config import EtcdTls, StoreConfig
 
 __all__ = ["AuthMode", "ServerSettings", "StoreBackend"]
@@ -115,8 +118,59 @@ class HeartbeatSection(Section):
         return self
 
 
+class OvercommitSection(Section):
+    """How much more may be reserved than there is."""
+
+    cpu: float = pydantic.Field(
+        default=1.0, ge=0.1, le=100, description="Processors that may be reserved for each that a node has."
+    )
+    memory: float = pydantic.Field(
+        default=1.0,
+        ge=0.1,
+        le=100,
+        description="Memory that may be reserved, as a multiple of what a node has.",
+    )
+    disk: float = pydantic.Field(
+        default=1.0,
+        ge=0.1,
+        le=100,
+        description="Disk that may be reserved, as a multiple of what a node has.",
+    )
+
+
+class HostReserveSection(Section):
+    """What every node keeps for itself."""
+
+    cpu: float = pydantic.Field(
+        default=0.0, ge=0, le=1024, description="Cores of every node that are not given to instances."
+    )
+    memory: ByteSize = pydantic.Field(
+        default=0, ge=0, description="Memory of every node that is not given to instances."
+    )
+    disk: ByteSize = pydantic.Field(
+        default=0, ge=0, description="Disk of every node that is not given to instances."
+    )
+
+
+def _weight(score: str, meaning: str) -> int:
+    weight: int = pydantic.Field(default=DEFAULT_WEIGHTS[score], ge=0, le=1000, description=meaning)
+    return weight
+
+
+class WeightsSection(Section):
+    """What each score (0 to 1000 a node) is multiplied by; the largest sum wins."""
+
+    utilisation: int = _weight("utilisation", "What is reserved after the placement: see `scheduler.policy`.")
+    spread: int = _weight("spread", "Few instances in the same place, where `spec.spread` asks for it.")
+    affinity: int = _weight("affinity", "Preferred terms of affinity and anti-affinity that hold.")
+    load: int = _weight("load", "Processors and memory that are measured to be idle.")
+    image: int = _weight("image", "The image is on the node: an instance there was made from it.")
+    penalty: int = _weight("penalty", "Placements on the node have not failed lately.")
+    taints: int = _weight("taints", "No taint `prefer_no_schedule` that the instance does not tolerate.")
+
+
 class SchedulerSection(Section):
-    """Placement."""
+    """Placement. All servers should have the same."""
 
     name: str = pydantic.Field(
         default="default", description="The scheduler: `default`, or a name some package adds."
@@ -129,6 +183,50 @@ class SchedulerSection(Section):
     seed: int = pydantic.Field(
         default=0, ge=0, description="Breaks ties between equal nodes; the same on all servers."
     )
+    penalty_half_life: Duration = pydantic.Field(
+        default=600.0,
+        ge=1,
+        description="A node on which placements keep failing is ranked down; so long until that counts half.",
+    )
+    plugins: tuple[str, ...] = pydantic.Field(
+        default=(),
+        description="Filters and scores that packages add, by name, to be used by the default scheduler.",
+    )
+    plugin_weights: dict[str, int] = pydantic.Field(
+        default={}, description="Weights of such scores, 0 to 1000, by name. Without one: 100."
+    )
+    overcommit: OvercommitSection = OvercommitSection()
+    reserve: HostReserveSection = HostReserveSection()
+    weights: WeightsSection = WeightsSection()
+
+    @pydantic.field_validator("plugin_weights")
+    @classmethod
+    def _weights_are_legal(cls, weights: dict[str, int]) -> dict[str, int]:
+        for name, weight in weights.items():
+            if name in DEFAULT_WEIGHTS:
+                raise ValueError(f"{name} is built in: set scheduler.weights.{name}")
+            if not 0 <= weight <= 1000:
+                raise ValueError(f"the weight of {name} is {weight}: use 0 to 1000")
+        return weights
+
+    def options(self) -> SchedulerOptions:
+        """What the default scheduler is made with."""
+        return SchedulerOptions(
+            weights={**self.weights.model_dump(), **self.plugin_weights}, plugins=self.plugins
+        )
+
+    def allocation_rules(self) -> AllocationRules:
+        """What of a node's capacity may be reserved."""
+        return AllocationRules(
+            overcommit_cpu=self.overcommit.cpu,
+            overcommit_memory=self.overcommit.memory,
+            overcommit_disk=self.overcommit.disk,
+            reserve=Resources(
+                cpu_millis=millicores(self.reserve.cpu),
+                memory_bytes=self.reserve.memory,
+                disk_bytes=self.reserve.disk,
+            ),
+        )
 
 
 class OperationsSection(Section):

@@ -13,11 +13,15 @@ from hypervisor.core.states import PlacementPolicy
 from hypervisor.server.agents import Agents
 from hypervisor.server.committer import GroupCommitter
 from hypervisor.server.executor import ExecutorSettings, OperationExecutor
+from hypervisor.server.explaining import Explainer
 from hypervisor.server.instances import InstanceService
+from hypervisor.server.ledger import AllocationRules, Ledger
 from hypervisor.server.membership import Membership
+from hypervisor.server.node_facts import ServerFacts
 from hypervisor.server.nodes import NodeService
 from hypervisor.server.operations import OperationService, Waiters
 from hypervisor.server.placement import Placer
+from hypervisor.server.placement_health import PlacementHealth
 from hypervisor.server.reconcile.loop import Reconciler, ReconcilerSettings
 from hypervisor.server.scheduler.contract import Scheduler
 from hypervisor.server.services import HeartbeatTimes, Instances, Nodes, Operations
@@ -37,6 +41,8 @@ class ControlPlaneSettings:
     heartbeat: HeartbeatTimes = field(default_factory=lambda: HeartbeatTimes(10.0, 30.0))
     policy: PlacementPolicy = PlacementPolicy.SPREAD
     scheduler_seed: int = 0
+    allocation: AllocationRules = field(default_factory=AllocationRules)
+    penalty_half_life_s: float = 600.0
     server_ttl_s: float = 15.0
     view: ViewSettings = field(default_factory=ViewSettings)
     executor: ExecutorSettings = field(default_factory=ExecutorSettings)
@@ -80,11 +86,32 @@ class ControlPlane:
             waiters=waiters,
             wake=self.executor.wake,
         )
-        nodes = NodeService(storage, self.view, self.committer, operations, clock, times=settings.heartbeat)
+        facts = ServerFacts(
+            clock,
+            PlacementHealth(clock, half_life_s=settings.penalty_half_life_s),
+            use_valid_s=settings.heartbeat.timeout_s,
+        )
+        ledger = Ledger(settings.allocation, facts)
+        facts.listen(ledger.node_changed)
+        self.view.add_record_listener(ledger.seen)
+        self.view.add_listener(facts.learn)
+        nodes = NodeService(
+            storage,
+            self.view,
+            self.committer,
+            operations,
+            clock,
+            times=settings.heartbeat,
+            facts=facts,
+            rules=settings.allocation,
+        )
         self.operations: Operations = operations
         self.nodes: Nodes = nodes
-        placer = Placer(
-            scheduler, self.view.nodes, default_policy=settings.policy, seed=settings.scheduler_seed
+        placer = self.placer = Placer(
+            scheduler, ledger, default_policy=settings.policy, seed=settings.scheduler_seed
+        )
+        self.explainer = Explainer(
+            placer, self.committer.known, clock, resolve_node=lambda name: nodes.resolve(name).value.id
         )
         self.instances: Instances = InstanceService(
             self.view,

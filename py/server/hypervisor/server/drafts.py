@@ -50,6 +50,15 @@ class Known(Protocol):
 
     def mod_revision(self, path: str) -> int: ...
 
+    def unseen(self) -> Iterable[str]:
+        """Keys of which more is known than the watch has told."""
+        ...
+
+    def ahead(self, path: str) -> bool:
+        """Whether the record is known from the store's answer to a conflict, and the watch has not told of it yet:
+        other records of the same change are then not known."""
+        ...
+
 
 class Shared(Protocol):
     """Something the decisions of one batch use together."""
@@ -133,6 +142,10 @@ class Batch:
     def written(self, path: str) -> _Write | None:
         """What an earlier decision wrote under the key."""
         return self._writes.get(path)
+
+    def written_paths(self) -> Iterable[str]:
+        """The keys that the decisions so far have written."""
+        return self._writes.keys()
 
     def shared(self, kind: type[S], make: Callable[[], S]) -> S:
         """Something all decisions of this batch use, made by the first that asks."""

@@ -5,7 +5,7 @@ from contextlib import aclosing
 from functools import partial
 
 from hypervisor.core.clock import Clock
-from hypervisor.core.errors import FailedPrecondition, NotFound
+from hypervisor.core.errors import Conflict, FailedPrecondition, NotFound
 from hypervisor.core.ids import IdSource
 from hypervisor.core.model import ConsoleSize, Instance, InstanceStats, Node, OperationRecord
 from hypervisor.core.states import ACTIVE, NodeStatus
@@ -16,6 +16,7 @@ from hypervisor.server.drafts import Batch
 from hypervisor.server.executor import OperationExecutor
 from hypervisor.server.operations import OperationService
 from hypervisor.server.placement import Placer
+from hypervisor.server.placement_terms import UNREGISTERED, terms_to_enter
 from hypervisor.server.services import (
     Caller,
     ConsoleSession,
@@ -36,7 +37,7 @@ from hypervisor.server.verbs import (
 )
 from hypervisor.server.view import StoreView
 
-__all__ = ["InstanceService"]
+__all__ = ["InstanceService", "check_project"]
 
 _ONLY_PROJECT = "default"
 _STATS_TIMEOUT_S = 10.0
@@ -70,7 +71,7 @@ class InstanceService:
         self._last_stats = last_stats
 
     async def create(self, draft: InstanceDraft, mutation: Mutation) -> Versioned[OperationRecord]:
-        _check_project(draft.project)
+        check_project(draft.project)
         operation = self._operations.open(
             "create",
             mutation,
@@ -80,15 +81,34 @@ class InstanceService:
             project=draft.project,
         )
         deadline = self._executor.settings.deadline(self._clock.now(), "create")
-        decided = await self._committer.commit(
-            lambda d: self._placer.reserve(d, draft, operation=operation, deadline=deadline),
-            then=partial(self._executor.begin, request_id=mutation.caller.request_id),
-            lane=Lane.PLACEMENTS,
+        while True:
+            await self._enter_terms(draft)
+            try:
+                decided = await self._committer.commit(
+                    lambda d: self._placer.reserve(d, draft, operation=operation, deadline=deadline),
+                    then=partial(self._executor.begin, request_id=mutation.caller.request_id),
+                    lane=Lane.PLACEMENTS,
+                )
+            except Conflict as exc:
+                # Somebody has cleaned the register up meanwhile.
+                if exc.reason != UNREGISTERED:
+                    raise
+            else:
+                return await self._operations.conclude(decided, wait=mutation.wait)
+
+    async def _enter_terms(self, draft: InstanceDraft) -> None:
+        """See ``placement_terms.py``: the view is to have seen the register with the terms in it."""
+        wanted = terms_to_enter(draft)
+        register = self._view.find(keys.PLACEMENT_TERMS) if wanted else None
+        if not wanted or (register is not None and all(one in register.value.terms for one in wanted)):
+            return
+        entered = await self._committer.commit(
+            lambda d: self._placer.enter_terms(d, draft), lane=Lane.PLACEMENTS
         )
-        return await self._operations.conclude(decided, wait=mutation.wait)
+        await self._view.wait_revision(entered.revision)
 
     async def plan(self, draft: InstanceDraft) -> Instance:
-        _check_project(draft.project)
+        check_project(draft.project)
         batch = Batch(self._committer.known, now=self._clock.now())
         return self._placer.preview(batch.draft(), draft)
 
@@ -188,7 +208,7 @@ class InstanceService:
         return instance, node.value
 
 
-def _check_project(project: str) -> None:
+def check_project(project: str) -> None:
     """Instances live in projects that exist; this version has one."""
     if project != _ONLY_PROJECT:
         raise NotFound(

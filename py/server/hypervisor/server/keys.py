@@ -11,6 +11,7 @@
     /hypervisor/leases/nodes/{id}        NodeLease      bound to a lease: the agent is alive
     /hypervisor/leases/servers/{id}      ServerRecord   bound to a lease: the server is alive
     /hypervisor/config/cluster           ClusterConfig
+    /hypervisor/config/placement-terms   PlacementTerms written by placements that such a term is about
     /hypervisor/elections/{name}/{...}   (the store's own: the candidates of an election)
 """
 
@@ -22,12 +23,20 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from hypervisor.core.model import Allocation, Instance, Node, OperationRecord
-from hypervisor.server.records import ClusterConfig, HostnameClaim, NameClaim, NodeLease, ServerRecord
+from hypervisor.server.records import (
+    ClusterConfig,
+    HostnameClaim,
+    NameClaim,
+    NodeLease,
+    PlacementTerms,
+    ServerRecord,
+)
 
 __all__ = [
     "CLUSTER_CONFIG",
     "LEADER_ELECTION",
     "LEADER_PREFIX",
+    "PLACEMENT_TERMS",
     "PREFIX",
     "SESSIONS",
     "RecordKey",
@@ -101,6 +110,7 @@ def server_lease(server_id: str) -> RecordKey[ServerRecord]:
 
 
 CLUSTER_CONFIG: RecordKey[ClusterConfig] = RecordKey(f"{PREFIX}config/cluster", ClusterConfig)
+PLACEMENT_TERMS: RecordKey[PlacementTerms] = RecordKey(f"{PREFIX}config/placement-terms", PlacementTerms)
 
 _FAMILIES: Mapping[str, type[msgspec.Struct]] = MappingProxyType(
     {
@@ -113,6 +123,7 @@ _FAMILIES: Mapping[str, type[msgspec.Struct]] = MappingProxyType(
         "leases/nodes/": NodeLease,
         "leases/servers/": ServerRecord,
         "config/cluster": ClusterConfig,
+        "config/placement-terms": PlacementTerms,
     }
 )
 

@@ -6,8 +6,9 @@ from typing import Protocol
 from msgspec import structs
 
 from hypervisor.core.errors import AlreadyExists, FailedPrecondition, NotFound
-from hypervisor.core.model import Allocation, Instance, Node, Observation
-from hypervisor.core.states import DesiredState, InstanceStatus, NodeStatus, can_move
+from hypervisor.core.model import Allocation, Instance, Node, Observation, Taint
+from hypervisor.core.names import MAX_TAINTS
+from hypervisor.core.states import DesiredState, InstanceStatus, NodeStatus, TaintEffect, can_move
 from hypervisor.server import keys
 from hypervisor.server.drafts import Draft
 from hypervisor.server.observations import fold, lost, missing
@@ -26,6 +27,8 @@ __all__ = [
     "record_cordon",
     "record_deregistration",
     "record_registration",
+    "record_taint",
+    "record_untaint",
 ]
 
 
@@ -65,6 +68,8 @@ def record_registration(draft: Draft, registration: NodeRegistration, *, lease_i
         incarnation=registration.incarnation,
         lease_id=lease_id,
         simulated=registration.simulated,
+        own_taints=registration.taints,
+        set_taints=() if old is None else old.set_taints,
     )
     draft.put(keys.node(node.id), node)
     draft.put(keys.node_lease(node.id), NodeLease(incarnation=node.incarnation), lease_id=lease_id)
@@ -148,6 +153,45 @@ def record_cordon(draft: Draft, node: Node, *, schedulable: bool, reason: str) -
             status_message=message,
             updated_at=draft.now,
         ),
+    )
+
+
+def record_taint(draft: Draft, node: Node, taint: Taint) -> None:
+    """Put the taint on the node, in the place of one of the same key and effect."""
+    kept = tuple(t for t in node.set_taints if (t.key, t.effect) != (taint.key, taint.effect))
+    changed = structs.replace(node, set_taints=(*kept, taint), updated_at=draft.now)
+    if len(changed.taints) > MAX_TAINTS:
+        raise FailedPrecondition(
+            f"node {node.hostname} has {len(node.taints)} taints, which is the most: remove one first",
+            reason="TOO_MANY_TAINTS",
+            metadata={"node_id": node.id, "limit": str(MAX_TAINTS)},
+        )
+    if taint not in node.set_taints:
+        draft.put(keys.node(node.id), changed)
+
+
+def record_untaint(draft: Draft, node: Node, *, key: str, effect: TaintEffect | None) -> None:
+    """Take the taints of this key (and effect) off the node, but not those of its agent's configuration."""
+
+    def meant(taint: Taint) -> bool:
+        return taint.key == key and effect in (None, taint.effect)
+
+    kept = tuple(t for t in node.set_taints if not meant(t))
+    if len(kept) < len(node.set_taints):
+        draft.put(keys.node(node.id), structs.replace(node, set_taints=kept, updated_at=draft.now))
+        return
+    if any(map(meant, node.own_taints)):
+        raise FailedPrecondition(
+            f"the taint {key} of node {node.hostname} stands in its agent's configuration: remove it from "
+            "node.taints there and restart the agent",
+            reason="TAINT_CONFIGURED",
+            metadata={"node_id": node.id, "key": key},
+        )
+    raise NotFound(
+        f"node {node.hostname} has no taint {key}{f':{effect.value}' if effect else ''}; it has: "
+        f"{', '.join(map(str, node.taints)) or 'none'}",
+        reason="TAINT_NOT_FOUND",
+        metadata={"node_id": node.id, "key": key},
     )
 
 

@@ -22,11 +22,14 @@ from hypervisor.core.model import (
     NodeResources,
     Observation,
     OperationRecord,
+    Taint,
 )
 from hypervisor.core.resources import Resources
+from hypervisor.core.states import TaintEffect
 from hypervisor.server import keys
 from hypervisor.server.committer import GroupCommitter
 from hypervisor.server.drafts import Decision, Draft
+from hypervisor.server.ledger import AllocationRules
 from hypervisor.server.node_changes import (
     fold_observation,
     incarnation_mismatch,
@@ -35,13 +38,17 @@ from hypervisor.server.node_changes import (
     record_cordon,
     record_deregistration,
     record_registration,
+    record_taint,
+    record_untaint,
 )
+from hypervisor.server.node_facts import ServerFacts
 from hypervisor.server.operations import OperationService
 from hypervisor.server.services import (
     ClusterChange,
     HeartbeatTimes,
     Kind,
     Mutation,
+    NodePlacements,
     NodeRegistration,
     NodeUsage,
     Versioned,
@@ -69,6 +76,8 @@ class NodeService:
         clock: Clock,
         *,
         times: HeartbeatTimes,
+        facts: ServerFacts,
+        rules: AllocationRules,
     ) -> None:
         self._storage = storage
         self._view = view
@@ -76,6 +85,8 @@ class NodeService:
         self._operations = operations
         self._clock = clock
         self._times = times
+        self._facts = facts
+        self._rules = rules
         self._usage: dict[str, NodeUsage] = {}
         """With the time of the heartbeat in the place of its age."""
         self._stats: dict[str, dict[str, InstanceStats]] = {}
@@ -121,6 +132,7 @@ class NodeService:
             ) from exc
         self._usage[node_id] = NodeUsage(resources, usage, self._clock.monotonic())
         self._keep_stats(node_id, stats, running=usage.running)
+        self._facts.heard(node_id, resources)
         if _differs(node.capacity, resources.capacity):
             await self._committer.commit(lambda draft: _record_capacity(draft, node_id, resources.capacity))
         return self._times
@@ -169,12 +181,40 @@ class NodeService:
             lambda draft, found: record_cordon(draft, found.value, schedulable=True, reason=""),
         )
 
+    async def taint(
+        self, node: str, mutation: Mutation, *, taint: Taint, resource_version: int
+    ) -> Versioned[OperationRecord]:
+        return await self._at_once(
+            "taint",
+            node,
+            mutation,
+            resource_version,
+            lambda draft, found: record_taint(draft, found.value, taint),
+        )
+
+    async def untaint(
+        self, node: str, mutation: Mutation, *, key: str, effect: TaintEffect | None, resource_version: int
+    ) -> Versioned[OperationRecord]:
+        return await self._at_once(
+            "untaint",
+            node,
+            mutation,
+            resource_version,
+            lambda draft, found: record_untaint(draft, found.value, key=key, effect=effect),
+        )
+
     def resolve(self, node: str, *, resource_version: int = 0) -> Versioned[Node]:
         found = self._view.node(node) or self._view.node_named(node)
         if found is None:
             raise node_not_found(node)
         check_version(found, resource_version, what=f"node {found.value.hostname}")
         return found
+
+    def allocatable(self, node: Node) -> Resources:
+        return self._rules.allocatable(node.capacity)
+
+    def placements(self, node_id: str) -> NodePlacements | None:
+        return self._facts.health.of(node_id)
 
     def usage(self, node_id: str) -> NodeUsage | None:
         found = self._usage.get(node_id)

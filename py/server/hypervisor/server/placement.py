@@ -4,8 +4,7 @@ Capacity is reserved in the transaction that records the instance and freed in t
 revision of the store a node's allocation is the sum of the specs of the instances placed on it.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 
 from msgspec import structs
@@ -20,14 +19,16 @@ from hypervisor.core.errors import (
     NotFound,
     ResourceExhausted,
 )
-from hypervisor.core.model import Allocation, Instance, Node, OperationRecord
+from hypervisor.core.model import Allocation, Instance, OperationRecord, PlacementRecord, ScorePart
 from hypervisor.core.states import InstanceStatus, PlacementPolicy
 from hypervisor.server import keys
-from hypervisor.server.drafts import Batch, Draft
+from hypervisor.server.drafts import Draft
+from hypervisor.server.ledger import Ledger
+from hypervisor.server.placement_terms import enter_terms, guard_terms
 from hypervisor.server.records import NameClaim
 from hypervisor.server.scheduler.contract import (
     BUILT_IN_LABELS,
-    NodeState,
+    Explains,
     Placement,
     Refusal,
     Request,
@@ -35,7 +36,7 @@ from hypervisor.server.scheduler.contract import (
     Snapshot,
 )
 from hypervisor.server.scheduler.plugins import shortage
-from hypervisor.server.services import InstanceDraft, Versioned
+from hypervisor.server.services import InstanceDraft
 
 __all__ = ["Placer", "check_same_request", "release"]
 
@@ -43,54 +44,27 @@ _REASONS_SHOWN = 16
 _LABELS_SHOWN = 20
 
 
-@dataclass(slots=True)
-class NodeTable:
-    """The nodes as the decisions of one batch see them: made once, then changed as decisions are admitted."""
-
-    nodes: dict[str, NodeState]
-
-    @classmethod
-    def of(cls, batch: Batch, node_ids: Iterable[str]) -> "NodeTable":
-        """The table of these nodes; one without an allocation record is not (or no more) part of the cluster."""
-        table = cls({})
-        draft = batch.draft()
-        for node_id in node_ids:
-            table._read(draft, node_id)
-        return table
-
-    def admitted(self, draft: Draft) -> None:
-        """Take in what an admitted decision changed."""
-        prefixes = (keys.node("").path, keys.allocation("").path)
-        for path in draft.writes:
-            for prefix in prefixes:
-                if path.startswith(prefix):
-                    self._read(draft, path.removeprefix(prefix))
-
-    def _read(self, draft: Draft, node_id: str) -> None:
-        node = draft.peek(keys.node(node_id))
-        allocation = draft.peek(keys.allocation(node_id))
-        if node is None or allocation is None:
-            self.nodes.pop(node_id, None)
-        else:
-            held = allocation.value
-            self.nodes[node_id] = NodeState(node.value, held.reserved, held.instances)
-
-
 class Placer:
-    """Makes placements with a scheduler. ``nodes`` lists the nodes known; their state is read from the draft."""
+    """Makes placements with a scheduler, on what the ledger shows of the cluster."""
 
     def __init__(
         self,
         scheduler: Scheduler,
-        nodes: Callable[[], Iterable[Versioned[Node]]],
+        ledger: Ledger,
         *,
         default_policy: PlacementPolicy = PlacementPolicy.SPREAD,
         seed: int = 0,
     ) -> None:
         self._scheduler = scheduler
-        self._nodes = nodes
+        self._explains = scheduler if isinstance(scheduler, Explains) else None
+        self._ledger = ledger
         self._default_policy = default_policy
         self._seed = seed
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """Who chooses."""
+        return self._scheduler
 
     def reserve(
         self, draft: Draft, order: InstanceDraft, *, operation: OperationRecord, deadline: datetime
@@ -98,7 +72,7 @@ class Placer:
         """Choose a node, reserve on it and record instance, name and operation; returns the operation.
 
         A repeat of a request returns the operation it began. Raises ``InvalidArgument`` (``REQUEST_ID_REUSED``),
-        ``AlreadyExists`` (``INSTANCE_NAME_TAKEN``) and what :meth:`choose` raises.
+        ``AlreadyExists`` (``INSTANCE_NAME_TAKEN``), what :meth:`choose` raises and ``guard_terms``.
         """
         known = draft.get(keys.operation(operation.id)) if operation.request_id else None
         if known is not None:
@@ -112,19 +86,22 @@ class Placer:
                 reason="INSTANCE_NAME_TAKEN",
                 metadata={"name": order.name, "project": order.project},
             )
-        node_id = self.choose(draft, order, seed=operation.object_id)
+        placement, snapshot = self.choose(draft, order, seed=operation.object_id)
+        node_id = placement.node_id
         held = draft.get(keys.allocation(node_id))
         node = draft.get(keys.node(node_id))
         if held is None or node is None:
             raise Internal(f"the scheduler chose {node_id}, which is not in the snapshot")
+        guard_terms(draft, order, node_id=node_id)
         reserved = held.value.reserved + order.spec.resources
-        if not reserved.fits_in(node.value.capacity):
-            free = node.value.capacity - held.value.reserved
+        total = self._ledger.rules.allocatable(node.value.capacity)
+        if not reserved.fits_in(total):
             raise Internal(
                 f"scheduler {self._scheduler.name} chose node {node.value.hostname}, where it does not fit: "
-                + shortage(order.spec.resources, free, node.value.capacity),
+                + shortage(order.spec.resources, total - held.value.reserved, total),
                 reason="SCHEDULER_OVERCOMMITS",
             )
+        operation = structs.replace(operation, node_id=node_id)
         instance = _instance(order, node_id=node_id, now=draft.now)
         draft.create(
             keys.instance(operation.object_id),
@@ -133,6 +110,7 @@ class Placer:
                 id=operation.object_id,
                 operation_id=operation.id,
                 transition_deadline=deadline,
+                placement=self._record(draft, order, placement, snapshot, seed=operation.object_id),
             ),
         )
         draft.put(claim, NameClaim(instance_id=operation.object_id))
@@ -146,6 +124,14 @@ class Placer:
             draft.create(keys.operation(operation.id), operation)
         return operation
 
+    def without(self, instance: Instance) -> Snapshot:
+        """What :meth:`look` showed last, as if the instance were not placed; a copy."""
+        return self._ledger.without(instance.id, instance.spec.resources)
+
+    def enter_terms(self, draft: Draft, order: InstanceDraft) -> None:
+        """Enter the instance's terms in the register, as has to be done before it is placed."""
+        enter_terms(draft, order, self._ledger.sync(draft).instances)
+
     def preview(self, draft: Draft, order: InstanceDraft) -> Instance:
         """The instance as it would be placed, without an id; raises what :meth:`reserve` raises."""
         if draft.peek(keys.name(order.project, order.name)) is not None:
@@ -154,36 +140,66 @@ class Placer:
                 reason="INSTANCE_NAME_TAKEN",
                 metadata={"name": order.name, "project": order.project},
             )
-        node_id = self.choose(draft, order, seed=f"{order.project}/{order.name}")
-        return _instance(order, node_id=node_id, now=draft.now)
+        placement, _ = self.choose(draft, order, seed=f"{order.project}/{order.name}")
+        return _instance(order, node_id=placement.node_id, now=draft.now)
 
-    def choose(self, draft: Draft, order: InstanceDraft, *, seed: str) -> str:
-        """The id of the node to place on.
+    def choose(self, draft: Draft, order: InstanceDraft, *, seed: str) -> tuple[Placement, Snapshot]:
+        """The node to place on, and the snapshot (good until the next decision) on which it was chosen.
 
         Raises ``NotFound`` (``NODE_NOT_FOUND``) for a pinned node that does not exist, ``FailedPrecondition``
         (``UNKNOWN_NODE_LABEL``) and ``ResourceExhausted`` (``NO_NODE_FITS``) with the reason of each node.
         """
-        batch = draft.batch
-        table = batch.shared(
-            NodeTable, lambda: NodeTable.of(batch, [versioned.value.id for versioned in self._nodes()])
-        )
+        snapshot = self.look(draft, order)
+        answer = self._scheduler.schedule(self.request(order, seed=seed), snapshot)
+        match answer:
+            case Placement():
+                return answer, snapshot
+            case Refusal(reasons=reasons):
+                raise _nothing_fits(reasons)
+
+    def look(self, draft: Draft, order: InstanceDraft) -> Snapshot:
+        """The cluster as the draft sees it. Raises what :meth:`choose` does for nodes and labels that are not there."""
+        snapshot = self._ledger.sync(draft)
+        wanted = order.spec.node
+        if wanted and not self._ledger.knows_node(wanted):
+            raise NotFound(
+                f"spec.node: there is no node {wanted!r}: see `node list`",
+                reason="NODE_NOT_FOUND",
+                metadata={"node": wanted},
+            )
+        if snapshot.nodes:
+            _check_labels(self._ledger.label_keys, order)
+        return snapshot
+
+    def request(self, order: InstanceDraft, *, seed: str) -> Request:
+        """What the scheduler is asked."""
         spec = order.spec
-        _check_node(table.nodes, spec.node)
-        _check_labels(table.nodes, order)
-        request = Request(
+        return Request(
             type=order.type,
             resources=spec.resources,
             policy=spec.placement_policy or self._default_policy,
             constraints=spec.node_selector,
             node=spec.node,
             seed=f"{self._seed}/{seed}",
+            project=order.project,
+            labels=order.labels,
+            image=spec.image,
+            tolerations=spec.tolerations,
+            affinity=spec.affinity,
+            anti_affinity=spec.anti_affinity,
+            spread=spec.spread,
         )
-        answer = self._scheduler.schedule(request, Snapshot(table.nodes))
-        match answer:
-            case Placement(node_id=node_id):
-                return node_id
-            case Refusal(reasons=reasons):
-                raise _nothing_fits(reasons)
+
+    def _record(
+        self, draft: Draft, order: InstanceDraft, placement: Placement, snapshot: Snapshot, *, seed: str
+    ) -> PlacementRecord:
+        """Why it is placed there, for `instance explain`: the chosen node's parts only, so that it costs little."""
+        parts: tuple[ScorePart, ...] = ()
+        if self._explains is not None:
+            parts = self._explains.parts(self.request(order, seed=seed), snapshot, placement.node_id)
+        return PlacementRecord(
+            placed_at=draft.now, scheduler=self._scheduler.name, score=int(placement.score), parts=parts
+        )
 
 
 def release(draft: Draft, instance: Instance) -> None:
@@ -241,21 +257,9 @@ def _instance(order: InstanceDraft, *, node_id: str, now: datetime) -> Instance:
     )
 
 
-def _check_node(nodes: Mapping[str, NodeState], wanted: str) -> None:
-    if wanted and wanted not in nodes and all(s.node.hostname != wanted for s in nodes.values()):
-        raise NotFound(
-            f"spec.node: there is no node {wanted!r}: see `node list`",
-            reason="NODE_NOT_FOUND",
-            metadata={"node": wanted},
-        )
-
-
-def _check_labels(nodes: Mapping[str, NodeState], order: InstanceDraft) -> None:
+def _check_labels(known: Iterable[str], order: InstanceDraft) -> None:
     wanted = {c.key for c in order.spec.node_selector if c.operator != "not_in"} - set(BUILT_IN_LABELS)
-    if not wanted or not nodes:
-        return
-    known = {label for state in nodes.values() for label in state.node.labels}
-    unknown = sorted(wanted - known)
+    unknown = sorted(wanted - set(known)) if wanted else []
     if unknown:
         names = sorted({*known, *BUILT_IN_LABELS})
         more = f" and {len(names) - _LABELS_SHOWN} more" if len(names) > _LABELS_SHOWN else ""

@@ -4,9 +4,17 @@ from datetime import datetime
 
 import msgspec
 
-from hypervisor.core.model import SCHEMA_VERSION
+from hypervisor.core.model import SCHEMA_VERSION, AffinityTerm
 
-__all__ = ["ClusterConfig", "HostnameClaim", "NameClaim", "NodeLease", "ServerRecord"]
+__all__ = [
+    "ClusterConfig",
+    "HeldTerm",
+    "HostnameClaim",
+    "NameClaim",
+    "NodeLease",
+    "PlacementTerms",
+    "ServerRecord",
+]
 
 
 class NameClaim(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,4 +53,22 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     cluster_id: str
     created_at: datetime
+    v: int = SCHEMA_VERSION
+
+
+class HeldTerm(msgspec.Struct, frozen=True, kw_only=True):
+    """A required term of instances of a project."""
+
+    project: str
+    term: AffinityTerm
+
+
+class PlacementTerms(msgspec.Struct, frozen=True, kw_only=True):
+    """Required terms that two placements on different nodes can break together; see ``placement_terms.py``.
+
+    ``placements`` rises with every placement that one of them is about.
+    """
+
+    terms: tuple[HeldTerm, ...] = ()
+    placements: int = 0
     v: int = SCHEMA_VERSION

@@ -8,6 +8,7 @@ All methods raise classes of :mod:`hypervisor.core.errors` only.
 
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 from typing import Generic, Protocol, TypeVar
 
@@ -25,8 +26,10 @@ from hypervisor.core.model import (
     NodeResources,
     Observation,
     OperationRecord,
+    Taint,
 )
-from hypervisor.core.states import DesiredState, InstanceType, NodeRole
+from hypervisor.core.resources import Resources
+from hypervisor.core.states import DesiredState, InstanceType, NodeRole, TaintEffect
 
 __all__ = [
     "Caller",
@@ -40,6 +43,7 @@ __all__ = [
     "Instances",
     "Kind",
     "Mutation",
+    "NodePlacements",
     "NodeRegistration",
     "NodeUsage",
     "Nodes",
@@ -278,6 +282,7 @@ class NodeRegistration:
     incarnation: str
     simulated: bool
     observations: tuple[Observation, ...]
+    taints: tuple[Taint, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,6 +303,16 @@ class NodeUsage:
     """What its instances use together."""
     age_s: float
     """Seconds since the heartbeat."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodePlacements:
+    """How placements on a node have gone lately; see PlacementHealth in node.proto."""
+
+    penalty: int
+    failures: int
+    last_failure_at: datetime
+    last_failure: str
 
 
 class Nodes(Protocol):
@@ -340,8 +355,24 @@ class Nodes(Protocol):
         self, node: str, mutation: Mutation, *, resource_version: int
     ) -> Versioned[OperationRecord]: ...
 
+    async def taint(
+        self, node: str, mutation: Mutation, *, taint: Taint, resource_version: int
+    ) -> Versioned[OperationRecord]: ...
+
+    async def untaint(
+        self, node: str, mutation: Mutation, *, key: str, effect: TaintEffect | None, resource_version: int
+    ) -> Versioned[OperationRecord]: ...
+
     def resolve(self, node: str, *, resource_version: int = 0) -> Versioned[Node]:
         """The node meant by an id or host name, from memory. NotFound (NODE_NOT_FOUND)."""
+        ...
+
+    def allocatable(self, node: Node) -> Resources:
+        """What may be reserved on the node."""
+        ...
+
+    def placements(self, node_id: str) -> NodePlacements | None:
+        """How placements on the node have gone lately; None where there is nothing to tell."""
         ...
 
     def usage(self, node_id: str) -> NodeUsage | None:

@@ -33,6 +33,7 @@ __all__ = ["StoreView", "ViewSettings"]
 
 T = TypeVar("T", bound=msgspec.Struct)
 Listener = Callable[[tuple[ClusterChange, ...]], None]
+RecordListener = Callable[[tuple[Update, ...]], None]
 
 _OFFERS_KEPT = 16
 
@@ -66,6 +67,7 @@ class StoreView:
         self._distrusted = False
         self._stale = True
         self._listeners: list[Listener] = []
+        self._record_listeners: list[RecordListener] = []
         self._deleted: dict[str, int] | None = None
         self._offered: dict[int, Iterable[Update]] = {}
         self._expected: dict[str, Mapping[str, tuple[bytes, msgspec.Struct]]] = {}
@@ -169,6 +171,10 @@ class StoreView:
     def add_listener(self, listener: Listener) -> None:
         """Have ``listener`` called at once with every change. For this server's own parts: it must not raise."""
         self._listeners.append(listener)
+
+    def add_record_listener(self, listener: RecordListener) -> None:
+        """Have ``listener`` called at once with every change of any record, before the listeners of changes."""
+        self._record_listeners.append(listener)
 
     async def changes(self, *, after_revision: int | None) -> AsyncGenerator[tuple[ClusterChange, ...], None]:
         """See ``ClusterView``."""
@@ -360,6 +366,8 @@ class StoreView:
             self._deleted.update((u.path, revision) for u in updates if u.deleted)
         changes = self._state.apply(revision, updates)
         self._recent.append(revision, changes)
+        for record_listener in self._record_listeners:
+            record_listener(updates)
         if changes:
             for listener in self._listeners:
                 listener(changes)

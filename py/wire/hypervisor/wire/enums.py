@@ -20,6 +20,8 @@ __all__ = [
     "NODE_STATUS",
     "OPERATION_STATE",
     "PLACEMENT_POLICY",
+    "TAINT_EFFECT",
+    "TOLERATION_OPERATOR",
     "EnumMap",
 ]
 
@@ -63,3 +65,5 @@ NODE_STATUS = EnumMap(states.NodeStatus, node_pb2.NodeStatus, "NODE_STATUS")
 NODE_ROLE = EnumMap(states.NodeRole, node_pb2.NodeRole, "NODE_ROLE")
 OPERATION_STATE = EnumMap(states.OperationState, operation_pb2.OperationState, "OPERATION_STATE")
 LABEL_OPERATOR = EnumMap(states.LabelOperator, instance_pb2.LabelConstraint.Operator, "OPERATOR")
+TAINT_EFFECT = EnumMap(states.TaintEffect, instance_pb2.TaintEffect, "TAINT_EFFECT")
+TOLERATION_OPERATOR = EnumMap(states.TolerationOperator, instance_pb2.Toleration.Operator, "OPERATOR")

@@ -1,17 +1,21 @@
 """Instances on the wire: spec, record, observation, assignment fields; what they use is in :mod:`.stats`."""
 
 from hypervisor.core.errors import InvalidArgument
-from hypervisor.core.model import Instance, InstanceSpec, InstanceStats, LabelConstraint, Observation
+from hypervisor.core.model import Instance, InstanceSpec, InstanceStats, Observation
 from hypervisor.core.resources import cores, millicores
-from hypervisor.core.states import LabelOperator
 from hypervisor.v1 import cluster_pb2, instance_pb2
-from hypervisor.wire.enums import (
-    DESIRED_STATE,
-    INSTANCE_STATUS,
-    INSTANCE_TYPE,
-    LABEL_OPERATOR,
-    PLACEMENT_POLICY,
+from hypervisor.wire.constraints import (
+    affinity_from_wire,
+    affinity_to_wire,
+    constraints_from_wire,
+    constraints_to_wire,
+    record_to_wire,
+    spread_from_wire,
+    spread_to_wire,
+    toleration_from_wire,
+    toleration_to_wire,
 )
+from hypervisor.wire.enums import DESIRED_STATE, INSTANCE_STATUS, INSTANCE_TYPE, PLACEMENT_POLICY
 from hypervisor.wire.stats import stats_to_wire
 from hypervisor.wire.times import datetime_of, timestamp_of
 
@@ -38,16 +42,13 @@ def spec_to_wire(spec: InstanceSpec) -> instance_pb2.InstanceSpec:
         env=spec.env,
         working_dir=spec.working_dir,
         pids_limit=spec.pids_limit,
-        node_selector=[
-            instance_pb2.LabelConstraint(
-                key=c.key,
-                operator=LABEL_OPERATOR.to_wire(c.operator),
-                values=c.values,
-            )
-            for c in spec.node_selector
-        ],
+        node_selector=constraints_to_wire(spec.node_selector),
         placement_policy=PLACEMENT_POLICY.to_wire(spec.placement_policy),
         node=spec.node,
+        tolerations=map(toleration_to_wire, spec.tolerations),
+        affinity=map(affinity_to_wire, spec.affinity),
+        anti_affinity=map(affinity_to_wire, spec.anti_affinity),
+        spread=map(spread_to_wire, spec.spread),
     )
 
 
@@ -65,16 +66,13 @@ def spec_from_wire(spec: instance_pb2.InstanceSpec) -> InstanceSpec:
         env=dict(spec.env),
         working_dir=spec.working_dir,
         pids_limit=spec.pids_limit or 4096,
-        node_selector=tuple(
-            LabelConstraint(
-                key=c.key,
-                operator=LABEL_OPERATOR.from_wire(c.operator) or LabelOperator.IN,
-                values=tuple(c.values),
-            )
-            for c in spec.node_selector
-        ),
+        node_selector=constraints_from_wire(spec.node_selector),
         placement_policy=PLACEMENT_POLICY.from_wire(spec.placement_policy),
         node=spec.node,
+        tolerations=tuple(map(toleration_from_wire, spec.tolerations)),
+        affinity=tuple(map(affinity_from_wire, spec.affinity)),
+        anti_affinity=tuple(map(affinity_from_wire, spec.anti_affinity)),
+        spread=tuple(map(spread_from_wire, spec.spread)),
     )
 
 
@@ -104,6 +102,7 @@ def instance_to_wire(
         operation_id=instance.operation_id,
         runtime=instance.runtime,
         updated_at=timestamp_of(instance.updated_at),
+        placement=None if instance.placement is None else record_to_wire(instance.placement),
     )
     if instance.exit_code is not None:
         message.exit_code = instance.exit_code

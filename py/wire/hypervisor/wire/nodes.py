@@ -2,10 +2,18 @@
 
 from datetime import datetime
 
-from hypervisor.core.model import Allocation, Capability, DriverInfo, InstancesUsage, Node, NodeResources
-from hypervisor.core.resources import cores, millicores
+from hypervisor.core.model import (
+    Allocation,
+    Capability,
+    DriverInfo,
+    InstancesUsage,
+    Node,
+    NodeResources,
+    Taint,
+)
+from hypervisor.core.resources import Resources, cores, millicores
 from hypervisor.v1 import node_pb2
-from hypervisor.wire.enums import INSTANCE_TYPE, NODE_ROLE, NODE_STATUS
+from hypervisor.wire.enums import INSTANCE_TYPE, NODE_ROLE, NODE_STATUS, TAINT_EFFECT
 from hypervisor.wire.stats import usage_to_wire
 from hypervisor.wire.times import timestamp_of
 
@@ -16,6 +24,8 @@ __all__ = [
     "reservation_to_wire",
     "resources_from_wire",
     "resources_to_wire",
+    "taint_from_wire",
+    "taint_to_wire",
 ]
 
 
@@ -83,6 +93,19 @@ def driver_from_wire(driver: node_pb2.DriverInfo) -> DriverInfo:
     )
 
 
+def taint_to_wire(taint: Taint, *, configured: bool = False) -> node_pb2.Taint:
+    """A taint."""
+    return node_pb2.Taint(
+        key=taint.key, value=taint.value, effect=TAINT_EFFECT.to_wire(taint.effect), configured=configured
+    )
+
+
+def taint_from_wire(taint: node_pb2.Taint, field: str) -> Taint:
+    """A taint. InvalidArgument naming ``field`` for an unknown effect."""
+    effect = TAINT_EFFECT.required(taint.effect, f"{field}.effect")
+    return Taint(key=taint.key, value=taint.value, effect=effect)
+
+
 def node_to_wire(
     node: Node,
     *,
@@ -91,8 +114,11 @@ def node_to_wire(
     resources: NodeResources | None = None,
     usage: InstancesUsage | None = None,
     last_heartbeat_at: datetime | None = None,
+    allocatable: Resources | None = None,
+    health: node_pb2.PlacementHealth | None = None,
 ) -> node_pb2.Node:
     """The record as users see it. Without ``resources`` only the node's capacity is known."""
+    amount = node.capacity if allocatable is None else allocatable
     if resources is None:
         resources = NodeResources(
             cpu_millis=node.capacity.cpu_millis,
@@ -121,4 +147,9 @@ def node_to_wire(
         agent_version=node.agent_version,
         resource_version=resource_version,
         simulated=node.simulated,
+        taints=[taint_to_wire(t, configured=t not in node.set_taints) for t in node.taints],
+        allocatable=node_pb2.NodeAllocatable(
+            cpu_cores=cores(amount.cpu_millis), memory_bytes=amount.memory_bytes, disk_bytes=amount.disk_bytes
+        ),
+        placement_health=health,
     )

@@ -4,8 +4,15 @@ import pytest
 from msgspec import structs
 
 from hvtest_seed import seeded_instance
-from hypervisor.core.model import DriverInfo, ErrorRecord, Node, OperationRecord
-from hypervisor.core.states import DesiredState, InstanceStatus, InstanceType, NodeStatus, OperationState
+from hypervisor.core.model import DriverInfo, ErrorRecord, Node, OperationRecord, Taint
+from hypervisor.core.states import (
+    DesiredState,
+    InstanceStatus,
+    InstanceType,
+    NodeStatus,
+    OperationState,
+    TaintEffect,
+)
 from hypervisor.server.api.event_texts import describe_instance, describe_node, describe_operation
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -93,3 +100,15 @@ def test_an_operation_is_followed() -> None:
     )
     assert describe_operation(OPERATION, done)[0] == "OPERATION_SUCCEEDED"
     assert describe_operation(done, None)[0] == "OPERATION_FORGOTTEN"
+
+
+def test_changed_taints_are_told() -> None:
+    tainted = structs.replace(
+        NODE, set_taints=(Taint(key="gpu", value="yes", effect=TaintEffect.NO_SCHEDULE),)
+    )
+
+    assert describe_node(NODE, tainted) == (
+        "NODE_TAINTS_CHANGED",
+        "taints of node node-1: gpu=yes:no_schedule",
+    )
+    assert describe_node(tainted, NODE)[1] == "taints of node node-1: none"

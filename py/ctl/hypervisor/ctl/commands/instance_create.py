@@ -9,21 +9,24 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 from click.core import ParameterSource
 
-from hypervisor.core.errors import FieldViolation, InvalidArgument
+from hypervisor.core.errors import FieldViolation, InvalidArgument, ResourceExhausted
 from hypervisor.ctl import quantities
 from hypervisor.ctl.bulk import Task, run_tasks, told
 from hypervisor.ctl.display.table import harmless
 from hypervisor.ctl.invocation import Invocation, pass_invocation
 from hypervisor.ctl.options import NAME, connected, formatted, project_option, waiting
+from hypervisor.ctl.terms import affinity_of, spread_of, toleration_of
 from hypervisor.v1.compute_pb2 import CreateInstanceRequest
 from hypervisor.v1.instance_pb2 import DesiredState, Instance, InstanceType, LabelConstraint, PlacementPolicy
 
 if TYPE_CHECKING:
     from hypervisor.v1.operation_pb2 import Operation
 
-__all__ = ["create"]
+__all__ = ["create", "read_instances"]
 
 T = TypeVar("T")
+D = TypeVar("D")
+_REFUSED_SHOWN = 20
 
 _DESCRIBING = frozenset(
     {
@@ -44,6 +47,10 @@ _DESCRIBING = frozenset(
         "node",
         "selector",
         "placement",
+        "tolerate",
+        "affinity",
+        "anti_affinity",
+        "spread",
         "stopped",
     }
 )
@@ -84,6 +91,31 @@ _DESCRIBING = frozenset(
     help="Only on nodes whose labels match: KEY=VALUE, KEY!=VALUE, 'KEY in (A, B)', 'KEY notin (A, B)', KEY.",
 )
 @click.option("--placement", type=click.Choice(["spread", "binpack"]), help="How nodes that fit are ranked.")
+@click.option(
+    "--tolerate",
+    metavar="TAINT",
+    multiple=True,
+    help="Do not mind a taint: KEY, KEY=VALUE, either with :EFFECT; repeatable.",
+)
+@click.option(
+    "--affinity",
+    metavar="CONDITIONS[@LABEL]",
+    multiple=True,
+    help="Only where an instance with these labels is: on the same node, or on one with the same LABEL of nodes, such "
+    "as app=db@hypervisor/zone; repeatable.",
+)
+@click.option(
+    "--anti-affinity",
+    metavar="CONDITIONS[@LABEL]",
+    multiple=True,
+    help="Only where no instance with these labels is; repeatable.",
+)
+@click.option(
+    "--spread",
+    metavar="CONDITIONS[@LABEL]",
+    multiple=True,
+    help="Rather where few instances with these labels are: by zone, or by another LABEL of nodes; repeatable.",
+)
 @click.option("--stopped", is_flag=True, help="Make it and leave it stopped.")
 @click.option("--dry-run", is_flag=True, help="Check everything and choose a node, but make nothing.")
 @waiting
@@ -112,6 +144,10 @@ def create(
     node: str,
     selector: Sequence[str],
     placement: str | None,
+    tolerate: Sequence[str],
+    affinity: Sequence[str],
+    anti_affinity: Sequence[str],
+    spread: Sequence[str],
     stopped: bool,
     dry_run: bool,
     wait: bool,
@@ -127,7 +163,7 @@ def create(
     """
     if file is not None:
         _refuse_description(click.get_current_context())
-        instances = _from_file(file, project)
+        instances = read_instances(file, project)
     else:
         if not name:
             raise click.UsageError("give the NAME of the instance, or --file FILE")
@@ -157,6 +193,10 @@ def create(
             spec.node_selector.extend(collected.take(partial(_constraints, text), ()))
         if placement:
             spec.placement_policy = PlacementPolicy.Value(f"PLACEMENT_POLICY_{placement.upper()}")
+        spec.tolerations.extend(collected.each(partial(toleration_of, "spec.tolerations"), tolerate))
+        spec.affinity.extend(collected.each(partial(affinity_of, "spec.affinity"), affinity))
+        spec.anti_affinity.extend(collected.each(partial(affinity_of, "spec.anti_affinity"), anti_affinity))
+        spec.spread.extend(collected.each(partial(spread_of, "spec.spread"), spread))
         if stopped:
             instance.desired_state = DesiredState.DESIRED_STATE_STOPPED
         collected.raise_any()
@@ -170,7 +210,21 @@ def create(
         )
         for instance in instances
     ]
-    run_tasks(invocation, tasks, done="created", tell=_told_plan if dry_run else _told_created)
+    try:
+        run_tasks(invocation, tasks, done="created", tell=_told_plan if dry_run else _told_created)
+    except ResourceExhausted as exc:
+        if dry_run and exc.reason == "NO_NODE_FITS":
+            _show_refusal(invocation, instances[0])
+        raise
+
+
+def _show_refusal(invocation: Invocation, instance: Instance) -> None:
+    """Which nodes fail which check and by how much; with --node, what that one says before all."""
+    from hypervisor.ctl.commands.instance_explain import show_explanation
+    from hypervisor.v1.compute_pb2 import ExplainPlacementRequest
+
+    request = ExplainPlacementRequest(would_be=instance, node=instance.spec.node, max_nodes=_REFUSED_SHOWN)
+    show_explanation(invocation, request)
 
 
 def _refuse_description(ctx: click.Context) -> None:
@@ -190,12 +244,16 @@ class _Problems:
     def __init__(self) -> None:
         self._found: list[FieldViolation] = []
 
-    def take(self, parse: Callable[[], T], default: T) -> T:
+    def take(self, parse: Callable[[], T], default: D) -> T | D:
         try:
             return parse()
         except InvalidArgument as exc:
             self._found.extend(exc.violations)
             return default
+
+    def each(self, parse: Callable[[str], T], texts: Sequence[str]) -> list[T]:
+        found = (self.take(partial(parse, text), None) for text in texts)
+        return [one for one in found if one is not None]
 
     def pairs(self, field: str, texts: Sequence[str]) -> dict[str, str]:
         found: dict[str, str] = {}
@@ -221,7 +279,8 @@ def _constraints(text: str) -> tuple[LabelConstraint, ...]:
     return tuple(scratch.spec.node_selector)
 
 
-def _from_file(file: str, project: str) -> list[Instance]:
+def read_instances(file: str, project: str, *, named: bool = True) -> list[Instance]:
+    """The instances that a file (``-``: standard input) describes, in ``project`` unless they say otherwise."""
     from hypervisor.ctl.manifest import parse_manifest
 
     try:
@@ -230,7 +289,7 @@ def _from_file(file: str, project: str) -> list[Instance]:
         raise InvalidArgument.of_field(
             "--file", f"{file} cannot be read: {exc}", reason="MANIFEST_INVALID"
         ) from exc
-    instances = parse_manifest(text, "standard input" if file == "-" else file)
+    instances = parse_manifest(text, "standard input" if file == "-" else file, named=named)
     for instance in instances:
         instance.project = instance.project or project
     return instances
@@ -248,4 +307,9 @@ def _told_created(operation: "Operation", done: str) -> str:
 def _told_plan(operation: "Operation", done: str) -> str:
     node = operation.instance.node_id
     name = harmless(operation.object_name or operation.instance.name)
-    return f"instance {name} would be created{f' on node {node}' if node else ''} (dry run: nothing was made)"
+    said = f"instance {name} would be created{f' on node {node}' if node else ''} (dry run: nothing was made)"
+    if not operation.HasField("explanation"):
+        return said
+    from hypervisor.ctl.display.placements import judgements_table
+
+    return "\n".join([said, *judgements_table(operation.explanation)])

@@ -13,6 +13,7 @@ __all__ = ["instance"]
         "list": Place("instance_views:list_instances", "Show instances."),
         "get": Place("instance_views:get_instance", "Show one instance, and what its driver cannot do."),
         "create": Place("instance_create:create", "Create an instance from options or a file."),
+        "explain": Place("instance_explain:explain", "Show why an instance is on its node."),
         "start": Place("instance_actions:start", "Start stopped instances."),
         "stop": Place("instance_actions:stop", "Stop instances: politely, then by force."),
         "restart": Place("instance_actions:restart", "Stop instances and start them again."),

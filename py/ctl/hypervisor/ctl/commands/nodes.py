@@ -1,4 +1,4 @@
-"""``node``: list, get, cordon, uncordon, drain, deregister."""
+"""``node``: list, get, cordon, uncordon, taint, untaint, drain, deregister."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,9 @@ from hypervisor.v1.cluster_pb2 import (
     DrainNodeRequest,
     GetNodeRequest,
     ListNodesRequest,
+    TaintNodeRequest,
     UncordonNodeRequest,
+    UntaintNodeRequest,
 )
 from hypervisor.v1.node_pb2 import Node
 
@@ -160,6 +162,44 @@ def uncordon(invocation: Invocation, *, nodes: Sequence[str], resource_version: 
         for name in nodes
     ]
     run_tasks(invocation, tasks, done="uncordoned")
+
+
+@node.command("taint")
+@_node
+@click.argument("taint")
+@_version
+@formatted
+@connected
+@pass_invocation
+def set_taint(invocation: Invocation, *, node: str, taint: str, resource_version: int | None) -> None:
+    """Keep instances that do not tolerate it off a node; what runs there goes on.
+
+    TAINT is KEY:EFFECT or KEY=VALUE:EFFECT; EFFECT is no_schedule, or prefer_no_schedule to only rank the node down.
+    """
+    from hypervisor.ctl.terms import taint_of
+
+    request = TaintNodeRequest(
+        node=node, taint=taint_of("TAINT", taint), resource_version=resource_version or 0
+    )
+    session = invocation.session()
+    run_tasks(invocation, [Task(node, session.cluster.TaintNode, request)], done="tainted")
+
+
+@node.command("untaint")
+@_node
+@click.argument("taint", metavar="KEY[:EFFECT]")
+@_version
+@formatted
+@connected
+@pass_invocation
+def remove_taint(invocation: Invocation, *, node: str, taint: str, resource_version: int | None) -> None:
+    """Take taints off a node again, but for those of its agent's configuration."""
+    from hypervisor.ctl.terms import taint_key_of
+
+    key, effect = taint_key_of("KEY[:EFFECT]", taint)
+    request = UntaintNodeRequest(node=node, key=key, effect=effect, resource_version=resource_version or 0)
+    session = invocation.session()
+    run_tasks(invocation, [Task(node, session.cluster.UntaintNode, request)], done="untainted")
 
 
 @node.command("deregister")

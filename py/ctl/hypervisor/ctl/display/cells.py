@@ -8,8 +8,8 @@ from hypervisor.ctl.quantities import age, readable_bytes
 if TYPE_CHECKING:
     from google.protobuf.timestamp_pb2 import Timestamp
 
-    from hypervisor.v1.instance_pb2 import Instance
-    from hypervisor.v1.node_pb2 import DriverInfo, Node
+    from hypervisor.v1.instance_pb2 import Instance, Toleration
+    from hypervisor.v1.node_pb2 import DriverInfo, Node, Taint
     from hypervisor.v1.operation_pb2 import Operation
 
 __all__ = [
@@ -22,10 +22,16 @@ __all__ = [
     "memory_of",
     "node_status",
     "operation_outcome",
+    "placements",
     "since",
     "span",
+    "taint",
+    "toleration",
     "used_of",
 ]
+
+_FAILURES_SHOWN = 2
+"""One failure may be anything; from the second on a node's status says that placements fail there."""
 
 
 def enum_name(descriptor_name: str, prefix: str) -> str:
@@ -89,7 +95,36 @@ def node_status(node: "Node") -> str:
     from hypervisor.v1.node_pb2 import NodeStatus
 
     status = enum_name(NodeStatus.Name(node.status), "NODE_STATUS_")
-    return f"{status},cordoned" if not node.schedulable and status == "ready" else status
+    if not node.schedulable and status == "ready":
+        status = f"{status},cordoned"
+    failing = node.placement_health.failures
+    return f"{status},placements fail" if failing >= _FAILURES_SHOWN else status
+
+
+def placements(node: "Node") -> str:
+    """How placements on the node have gone lately."""
+    failures = node.placement_health.failures
+    if not failures:
+        return "have failed, and work again"
+    return "the last one failed" if failures == 1 else f"the last {failures} failed"
+
+
+def taint(item: "Taint") -> str:
+    """``key=value:effect``."""
+    from hypervisor.v1.instance_pb2 import TaintEffect
+
+    effect = enum_name(TaintEffect.Name(item.effect), "TAINT_EFFECT_")
+    return f"{item.key}{f'={item.value}' if item.value else ''}:{effect}"
+
+
+def toleration(item: "Toleration") -> str:
+    """``key=value``, ``key`` of any value, ``*`` for all taints; with the effect where it is of one only."""
+    from hypervisor.v1.instance_pb2 import TaintEffect, Toleration
+
+    any_value = item.operator == Toleration.OPERATOR_EXISTS
+    text = (item.key or "*") if any_value else f"{item.key}={item.value}"
+    effect = enum_name(TaintEffect.Name(item.effect), "TAINT_EFFECT_") if item.effect else ""
+    return f"{text}:{effect}" if effect else text
 
 
 def drivers(node: "Node") -> str:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from google.protobuf.timestamp_pb2 import Timestamp
 
     from hypervisor.v1.cluster_pb2 import ClusterInfo
-    from hypervisor.v1.instance_pb2 import Instance, LabelConstraint
+    from hypervisor.v1.instance_pb2 import AffinityTerm, Instance, LabelConstraint, SpreadTerm
     from hypervisor.v1.node_pb2 import DriverInfo, Node
     from hypervisor.v1.operation_pb2 import Operation
 
@@ -19,6 +19,7 @@ __all__ = ["cluster_details", "instance_details", "labelled", "node_details", "o
 
 Pairs = Iterable[tuple[str, str]]
 _MIB = 1 << 20
+_DEFAULT_WEIGHT = 100
 
 
 def labelled(pairs: Pairs) -> str:
@@ -45,6 +46,15 @@ def _constraint(constraint: "LabelConstraint") -> str:
         return constraint.key
     word = "not in" if constraint.operator == LabelConstraint.OPERATOR_NOT_IN else "in"
     return f"{constraint.key} {word} ({', '.join(constraint.values)})"
+
+
+def _term(term: "AffinityTerm | SpreadTerm") -> str:
+    from hypervisor.v1.instance_pb2 import SpreadTerm
+
+    soft = isinstance(term, SpreadTerm) or term.preferred
+    prefix = "preferred " if soft and not isinstance(term, SpreadTerm) else ""
+    weight = f" (weight {term.weight})" if soft and term.weight != _DEFAULT_WEIGHT else ""
+    return f"{prefix}{', '.join(map(_constraint, term.selector))} by {term.topology}{weight}"
 
 
 def instance_details(instance: "Instance", *, node: "Node | None", now_s: float) -> str:
@@ -79,6 +89,10 @@ def instance_details(instance: "Instance", *, node: "Node | None", now_s: float)
             ("Labels", cells.labels(instance.labels)),
             ("Selector", ", ".join(_constraint(c) for c in spec.node_selector)),
             ("Pinned to", spec.node),
+            ("Tolerates", ", ".join(map(cells.toleration, spec.tolerations))),
+            ("Affinity", "; ".join(map(_term, spec.affinity))),
+            ("Anti-affinity", "; ".join(map(_term, spec.anti_affinity))),
+            ("Spread over", "; ".join(map(_term, spec.spread))),
             (
                 "Placement",
                 cells.enum_name(PlacementPolicy.Name(spec.placement_policy), "PLACEMENT_POLICY_"),
@@ -132,7 +146,13 @@ def node_details(node: "Node", *, now_s: float) -> str:
             ("Region", node.region),
             ("Zone", node.zone),
             ("Labels", cells.labels(node.labels)),
+            (
+                "Taints",
+                ", ".join(f"{cells.taint(t)}{' (configured)' if t.configured else ''}" for t in node.taints),
+            ),
             ("Instances", str(held.instances)),
+            ("Placements", _placements(node, now_s)),
+            ("May be reserved", _allocatable(node)),
             (
                 "CPU",
                 f"{cells.used_of(held.cpu_cores, has.cpu_cores)} reserved, {cells.cores(has.cpu_used_cores)} used",
@@ -182,6 +202,32 @@ def _instances_use(node: "Node") -> str:
         f"network {readable_bytes(round(use.network_receive_bytes_per_second))}/s in and "
         f"{readable_bytes(round(use.network_transmit_bytes_per_second))}/s out, {use.pids} processes "
         f"({use.sampled} of {use.running} running instances sampled)"
+    )
+
+
+def _placements(node: "Node", now_s: float) -> str:
+    if not node.HasField("placement_health"):
+        return ""
+    health = node.placement_health
+    return (
+        f"{cells.placements(node)}: ranked down by {health.penalty} of 1000; the last failed "
+        f"{cells.since(health.last_failure_at, now_s)} ago: {health.last_failure}"
+    )
+
+
+def _allocatable(node: "Node") -> str:
+    """What may be reserved, where that is not what the node has."""
+    has, may = node.resources, node.allocatable
+    same = (
+        may.cpu_cores == has.cpu_cores
+        and may.memory_bytes // _MIB == has.memory_bytes // _MIB
+        and may.disk_bytes >> 30 == has.disk_bytes >> 30
+    )
+    if same or not node.HasField("allocatable"):
+        return ""
+    return (
+        f"{cells.cores(may.cpu_cores)} cores, {readable_bytes(may.memory_bytes)} of memory, "
+        f"{readable_bytes(may.disk_bytes)} of disk"
     )
 
 

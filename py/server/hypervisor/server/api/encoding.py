@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 from hypervisor.core.clock import Clock
 from hypervisor.core.model import Instance, InstanceStats, Node, OperationRecord
 from hypervisor.server.services import ClusterView, Instances, Kind, Nodes, Versioned
-from hypervisor.v1 import cluster_pb2, compute_pb2, instance_pb2, node_pb2, operation_pb2
+from hypervisor.v1 import cluster_pb2, compute_pb2, instance_pb2, node_pb2, operation_pb2, placement_pb2
 from hypervisor.wire.instances import instance_to_wire
 from hypervisor.wire.nodes import node_to_wire
 from hypervisor.wire.operations import operation_to_wire
@@ -120,6 +120,19 @@ class Encoder:
             resources=None if usage is None else usage.resources,
             usage=None if usage is None else usage.instances,
             last_heartbeat_at=heard_at,
+            allocatable=self._nodes.allocatable(found.value),
+            health=self._health(found.value.id),
+        )
+
+    def _health(self, node_id: str) -> node_pb2.PlacementHealth | None:
+        known = self._nodes.placements(node_id)
+        if known is None:
+            return None
+        return node_pb2.PlacementHealth(
+            penalty=known.penalty,
+            failures=known.failures,
+            last_failure_at=timestamp_of(known.last_failure_at),
+            last_failure=known.last_failure,
         )
 
     def operation(self, found: Versioned[OperationRecord], *, bare: bool = False) -> operation_pb2.Operation:
@@ -134,7 +147,13 @@ class Encoder:
             node = None if known is None else self.node(known)
         return operation_to_wire(record, resource_version=found.revision, instance=instance, node=node)
 
-    def planned(self, instance: Instance, request_id: str, principal: str) -> operation_pb2.Operation:
+    def planned(
+        self,
+        instance: Instance,
+        request_id: str,
+        principal: str,
+        explanation: placement_pb2.PlacementExplanation,
+    ) -> operation_pb2.Operation:
         """The answer to ``validate_only``: done, with the instance as it would be, and nothing recorded."""
         now = timestamp_of(self._clock.now())
         return operation_pb2.Operation(
@@ -151,4 +170,5 @@ class Encoder:
             started_at=now,
             finished_at=now,
             instance=instance_to_wire(instance, resource_version=0),
+            explanation=explanation,
         )

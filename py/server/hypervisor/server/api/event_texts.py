@@ -68,6 +68,9 @@ def describe_node(previous: Node | None, current: Node | None) -> Text:
     if previous.drivers != current.drivers:
         working = sorted(driver.name for driver in current.drivers if driver.available)
         return "NODE_DRIVERS_CHANGED", f"drivers that work on node {name}: {', '.join(working) or 'none'}"
+    if previous.taints != current.taints:
+        taints = ", ".join(map(str, current.taints)) or "none"
+        return "NODE_TAINTS_CHANGED", f"taints of node {name}: {taints}"
     if previous.capacity != current.capacity:
         return "NODE_CAPACITY_CHANGED", f"the capacity of node {name} changed"
     return "NODE_UPDATED", f"node {name} was updated"

@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from hypervisor.core.ids import is_id
-from hypervisor.core.model import ConsoleSize, InstanceSpec
+from hypervisor.core.model import ConsoleSize
 from hypervisor.core.names import check_dns_label, check_labels, shorten
 from hypervisor.core.states import DesiredState, InstanceType
+from hypervisor.server.api.placement_requests import check_placement
 from hypervisor.server.api.violations import MAX_OBJECT_NAME, Violations
 from hypervisor.server.services import InstanceDraft, InstanceRef, StopOptions
 from hypervisor.v1 import compute_pb2, instance_pb2
-from hypervisor.wire.enums import DESIRED_STATE, INSTANCE_TYPE, LABEL_OPERATOR, PLACEMENT_POLICY
+from hypervisor.wire.enums import DESIRED_STATE, INSTANCE_TYPE, PLACEMENT_POLICY
 from hypervisor.wire.instances import spec_from_wire
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "VersionedRequest",
     "console_size",
     "draft_of",
+    "draft_of_instance",
     "read_ref_of",
     "ref_of",
     "stats_spans",
@@ -41,8 +43,6 @@ _MAX_TEXT_BYTES = 128 << 10
 _MAX_IMAGE_BYTES = 1024
 _MAX_PATH_BYTES = 4095
 _MAX_KERNEL_ARGS_BYTES = 2048
-_MAX_CONSTRAINTS = 32
-_MAX_CONSTRAINT_VALUES = 64
 
 _OUTPUT_ONLY = (
     "id",
@@ -61,6 +61,7 @@ _OUTPUT_ONLY = (
     "operation_id",
     "runtime",
     "updated_at",
+    "placement",
 )
 _MACHINE_FIELDS = ("kernel_path", "initrd_path", "kernel_args")
 _CONTAINER_FIELDS = ("command", "env", "working_dir", "pids_limit")
@@ -75,6 +76,7 @@ VersionedRequest = (
 
 InstanceRequest = (
     VersionedRequest
+    | compute_pb2.ExplainPlacementRequest
     | compute_pb2.GetInstanceRequest
     | compute_pb2.GetInstanceStatsRequest
     | compute_pb2.WatchInstanceStatsRequest
@@ -90,40 +92,50 @@ def draft_of(request: compute_pb2.CreateInstanceRequest) -> InstanceDraft:
     if not request.HasField("instance"):
         wrong.add("instance", "is required: give name, type and spec")
         wrong.check()
-    instance = request.instance
-    wrong.extend(check_dns_label("instance.name", instance.name))
-    if is_id(instance.name, "i"):
-        wrong.add("instance.name", "looks like the id of an instance: choose another name")
+    return draft_of_instance(request.instance, "instance", wrong=wrong)
+
+
+def draft_of_instance(
+    instance: instance_pb2.Instance, field: str, *, wrong: Violations, unnamed: str = ""
+) -> InstanceDraft:
+    """The instance described in ``field``. With ``unnamed`` it may lack a name, and then has this one.
+
+    InvalidArgument with every wrong field, those found before included.
+    """
+    at = f"{field}."
+    name = instance.name or unnamed
+    wrong.extend(check_dns_label(f"{at}name", name))
+    if is_id(name, "i"):
+        wrong.add(f"{at}name", "looks like the id of an instance: choose another name")
     kind = INSTANCE_TYPE.from_wire(instance.type)
     if kind is None:
         known = ", ".join(member.value for member in InstanceType)
-        wrong.add("instance.type", f"is required: give one of {known}")
-    project = wrong.project("instance.project", instance.project)
+        wrong.add(f"{at}type", f"is required: give one of {known}")
+    project = wrong.project(f"{at}project", instance.project)
     desired = DESIRED_STATE.from_wire(instance.desired_state)
     if desired is DesiredState.DELETED or (desired is None and instance.desired_state != 0):
-        wrong.add("instance.desired_state", "must be RUNNING or STOPPED")
-    wrong.extend(*check_labels("instance.labels", instance.labels))
-    wrong.output_only(instance, _OUTPUT_ONLY, "instance.")
-    spec: InstanceSpec | None = None
+        wrong.add(f"{at}desired_state", "must be RUNNING or STOPPED")
+    wrong.extend(*check_labels(f"{at}labels", instance.labels))
+    wrong.output_only(instance, _OUTPUT_ONLY, at)
     if instance.HasField("spec"):
-        _check_spec(wrong, instance.spec, kind)
+        _check_spec(wrong, instance.spec, kind, f"{at}spec.")
     else:
-        wrong.add("instance.spec", "is required: say at least which image to run")
+        wrong.add(f"{at}spec", "is required: say at least which image to run")
     wrong.check()
     assert kind is not None
-    spec = spec_from_wire(instance.spec)
     return InstanceDraft(
-        name=instance.name,
+        name=name,
         project=project,
         type=kind,
-        spec=spec,
+        spec=spec_from_wire(instance.spec),
         labels=dict(instance.labels),
         desired=desired or DesiredState.RUNNING,
     )
 
 
-def _check_spec(wrong: Violations, spec: instance_pb2.InstanceSpec, kind: InstanceType | None) -> None:
-    at = "instance.spec."
+def _check_spec(
+    wrong: Violations, spec: instance_pb2.InstanceSpec, kind: InstanceType | None, at: str
+) -> None:
     _check_sizes(wrong, spec, at)
     _check_image(wrong, spec, kind, at)
     if kind is InstanceType.CONTAINER:
@@ -140,7 +152,7 @@ def _check_spec(wrong: Violations, spec: instance_pb2.InstanceSpec, kind: Instan
                 wrong.add(f"{at}{name}", f"needs {at}kernel_path: give it, or remove {name}")
     _check_command(wrong, spec.command, at)
     _check_env(wrong, spec.env, at)
-    _check_selector(wrong, spec.node_selector, at)
+    check_placement(wrong, spec, at)
     if spec.placement_policy != 0 and PLACEMENT_POLICY.from_wire(spec.placement_policy) is None:
         wrong.add(f"{at}placement_policy", "is not known: use SPREAD or BINPACK, or leave it empty")
     if len(spec.node) > MAX_OBJECT_NAME:
@@ -224,31 +236,6 @@ def _check_env(wrong: Violations, env: Mapping[str, str], at: str) -> None:
             wrong.add(f"{at}env", f"the value of {shorten(key)} has a NUL character: remove it")
 
 
-def _check_selector(wrong: Violations, constraints: Sequence[instance_pb2.LabelConstraint], at: str) -> None:
-    if len(constraints) > _MAX_CONSTRAINTS:
-        wrong.add(f"{at}node_selector", f"has {len(constraints)} conditions: use at most {_MAX_CONSTRAINTS}")
-        return
-    for index, constraint in enumerate(constraints):
-        field = f"{at}node_selector[{index}]"
-        exists = constraint.operator == instance_pb2.LabelConstraint.OPERATOR_EXISTS
-        if not constraint.key:
-            wrong.add(f"{field}.key", "is required: give the label of nodes to look at")
-        else:
-            wrong.extend(*check_labels(f"{field}.key", {constraint.key: ""}))
-        if constraint.operator != 0 and LABEL_OPERATOR.from_wire(constraint.operator) is None:
-            wrong.add(f"{field}.operator", "is not known: use IN, NOT_IN or EXISTS")
-        if exists and constraint.values:
-            wrong.add(f"{field}.values", "must be empty for EXISTS")
-        if not exists and not 1 <= len(constraint.values) <= _MAX_CONSTRAINT_VALUES:
-            wrong.add(
-                f"{field}.values",
-                f"has {len(constraint.values)} values: give 1 to {_MAX_CONSTRAINT_VALUES}, or use EXISTS",
-            )
-            continue
-        for value in constraint.values:
-            wrong.label_value(f"{field}.values", value)
-
-
 def ref_of(request: InstanceRequest, *, wrong: Violations, prefix: str = "") -> InstanceRef:
     """The instance named. ``wrong`` collects what is not legal."""
     return InstanceRef(
@@ -263,7 +250,11 @@ def versioned_ref_of(request: VersionedRequest, *, wrong: Violations) -> Instanc
     return replace(ref, resource_version=wrong.resource_version(request.resource_version))
 
 
-def read_ref_of(request: compute_pb2.GetInstanceRequest | compute_pb2.GetInstanceStatsRequest) -> InstanceRef:
+def read_ref_of(
+    request: compute_pb2.GetInstanceRequest
+    | compute_pb2.GetInstanceStatsRequest
+    | compute_pb2.ExplainPlacementRequest,
+) -> InstanceRef:
     """The instance named. InvalidArgument with every wrong field. Quick for what is nearly always sent: an id."""
     instance = request.instance
     if 0 < len(instance) <= MAX_OBJECT_NAME and not request.project:

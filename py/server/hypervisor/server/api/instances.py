@@ -17,8 +17,10 @@ from hypervisor.server.api.instance_requests import (
     versioned_ref_of,
 )
 from hypervisor.server.api.listing import Field, Listing, ListQuery, PageMemo, sortable_time
+from hypervisor.server.api.placements import explanation_to_wire
 from hypervisor.server.api.rpc import Call, Handler
 from hypervisor.server.api.violations import Violations
+from hypervisor.server.explaining import Explainer
 from hypervisor.server.services import ClusterView, InstanceRef, Instances, Mutation, Versioned
 from hypervisor.v1 import compute_pb2, instance_pb2, operation_pb2
 from hypervisor.wire.stats import stats_to_wire
@@ -52,11 +54,14 @@ LISTING: Listing[_Found] = Listing(
 class InstanceHandlers:
     """The handlers by method name: :attr:`handlers`."""
 
-    def __init__(self, view: ClusterView, instances: Instances, encoder: Encoder) -> None:
+    def __init__(
+        self, view: ClusterView, instances: Instances, encoder: Encoder, explainer: Explainer
+    ) -> None:
         self._view = view
         self._memo: PageMemo[_Found] = PageMemo()
         self._instances = instances
         self._encoder = encoder
+        self._explainer = explainer
 
     @property
     def handlers(self) -> dict[str, Handler]:
@@ -77,7 +82,8 @@ class InstanceHandlers:
         draft = draft_of(request)
         if request.validate_only:
             planned = await self._instances.plan(draft)
-            return self._encoder.planned(planned, request.request_id, call.principal)
+            explained = explanation_to_wire(await self._explainer.would_be(draft))
+            return self._encoder.planned(planned, request.request_id, call.principal, explained)
         return self._encoder.operation(await self._instances.create(draft, _mutation(request, call)))
 
     async def get(self, request: compute_pb2.GetInstanceRequest, call: Call) -> bytes:

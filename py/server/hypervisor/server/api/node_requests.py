@@ -8,6 +8,7 @@ from hypervisor.core.ids import is_id
 from hypervisor.core.model import DriverInfo, InstanceStats, InstancesUsage, NodeResources, Observation
 from hypervisor.core.names import check_hostname, check_labels
 from hypervisor.core.states import NodeRole
+from hypervisor.server.api.placement_requests import taints_of
 from hypervisor.server.api.violations import Violations
 from hypervisor.server.services import NodeRegistration
 from hypervisor.v1 import cluster_pb2, instance_pb2, node_pb2
@@ -39,6 +40,8 @@ _OUTPUT_ONLY = (
     "last_heartbeat_at",
     "usage",
     "resource_version",
+    "allocatable",
+    "placement_health",
 )
 
 
@@ -60,6 +63,7 @@ def registration_of(request: cluster_pb2.RegisterNodeRequest) -> NodeRegistratio
     wrong.extend(*check_labels("node.labels", node.labels))
     if any(key.startswith(_RESERVED_LABELS) for key in node.labels):
         wrong.add("node.labels", f"keys that begin with {_RESERVED_LABELS} are set by the server: use others")
+    taints = taints_of(wrong, "node.taints", node.taints)
     wrong.output_only(node, _OUTPUT_ONLY, "node.")
     _check_incarnation(wrong, request.incarnation)
     wrong.text("node.agent_version", node.agent_version, max_bytes=128)
@@ -84,6 +88,7 @@ def registration_of(request: cluster_pb2.RegisterNodeRequest) -> NodeRegistratio
         incarnation=request.incarnation,
         simulated=node.simulated,
         observations=observations,
+        taints=taints,
     )
 
 

@@ -20,18 +20,24 @@ from hypervisor.server.api.node_requests import (
     registration_of,
     samples_of,
 )
+from hypervisor.server.api.placement_requests import check_label_key, check_taint
 from hypervisor.server.api.rpc import Call, Handler
 from hypervisor.server.api.violations import Violations
 from hypervisor.server.services import ClusterView, Mutation, Nodes, Versioned
 from hypervisor.v1 import cluster_pb2, node_pb2, operation_pb2
-from hypervisor.wire.nodes import reservation_to_wire, resources_to_wire
+from hypervisor.wire.enums import TAINT_EFFECT
+from hypervisor.wire.nodes import reservation_to_wire, resources_to_wire, taint_from_wire
 from hypervisor.wire.times import duration_of, timestamp_of
 
 __all__ = ["About", "ClusterIdentity", "NodeHandlers", "ServerFacts"]
 
 _Found = Versioned[Node]
 _NodeRequest = (
-    cluster_pb2.DeregisterNodeRequest | cluster_pb2.CordonNodeRequest | cluster_pb2.UncordonNodeRequest
+    cluster_pb2.DeregisterNodeRequest
+    | cluster_pb2.CordonNodeRequest
+    | cluster_pb2.UncordonNodeRequest
+    | cluster_pb2.TaintNodeRequest
+    | cluster_pb2.UntaintNodeRequest
 )
 _MAX_REASON_CHARACTERS = 256
 
@@ -122,6 +128,8 @@ class NodeHandlers:
             "GetClusterInfo": self.info,
             "CordonNode": self.cordon,
             "UncordonNode": self.uncordon,
+            "TaintNode": self.taint,
+            "UntaintNode": self.untaint,
             "DrainNode": self.drain,
         }
 
@@ -242,6 +250,37 @@ class NodeHandlers:
         return self._answer(
             await self._nodes.uncordon(
                 node, _mutation(request, call), resource_version=request.resource_version
+            )
+        )
+
+    async def taint(self, request: cluster_pb2.TaintNodeRequest, call: Call) -> operation_pb2.Operation:
+        wrong = Violations()
+        node = _target(request, wrong)
+        check_taint(wrong, "taint", request.taint)
+        wrong.check()
+        return self._answer(
+            await self._nodes.taint(
+                node,
+                _mutation(request, call),
+                taint=taint_from_wire(request.taint, "taint"),
+                resource_version=request.resource_version,
+            )
+        )
+
+    async def untaint(self, request: cluster_pb2.UntaintNodeRequest, call: Call) -> operation_pb2.Operation:
+        wrong = Violations()
+        node = _target(request, wrong)
+        check_label_key(wrong, "key", request.key, what="the key of the taint")
+        if request.effect != 0 and TAINT_EFFECT.from_wire(request.effect) is None:
+            wrong.add("effect", "is not known: use NO_SCHEDULE or PREFER_NO_SCHEDULE, or leave it out")
+        wrong.check()
+        return self._answer(
+            await self._nodes.untaint(
+                node,
+                _mutation(request, call),
+                key=request.key,
+                effect=TAINT_EFFECT.from_wire(request.effect),
+                resource_version=request.resource_version,
             )
         )
 

@@ -16,7 +16,9 @@ from hypervisor.server.api.events import EventHandlers
 from hypervisor.server.api.instances import InstanceHandlers
 from hypervisor.server.api.nodes import About, ClusterIdentity, NodeHandlers
 from hypervisor.server.api.operations import OperationHandlers
+from hypervisor.server.api.placements import PlacementHandlers
 from hypervisor.server.api.rpc import Dispatcher
+from hypervisor.server.explaining import Explainer
 from hypervisor.server.services import ClusterView, Instances, Nodes, Operations
 from hypervisor.v1 import cluster_pb2, compute_pb2, operation_pb2
 
@@ -37,21 +39,23 @@ class Api:
     instances: Instances
     nodes: Nodes
     operations: Operations
+    explainer: Explainer
     clock: Clock
     about: About
 
     def register(self, server: grpc.aio.Server, dispatcher: Dispatcher) -> None:
         """Put every method of every service on the server."""
         encoder = Encoder(self.view, self.instances, self.nodes, self.clock)
-        instances = InstanceHandlers(self.view, self.instances, encoder)
+        instances = InstanceHandlers(self.view, self.instances, encoder, self.explainer)
+        placements = PlacementHandlers(self.instances, self.explainer)
         nodes = NodeHandlers(self.view, self.nodes, encoder, self.identity, about=self.about)
         operations = OperationHandlers(self.view, self.operations, encoder)
         events = EventHandlers(self.view, encoder, self.clock)
         console = ConsoleHandlers(self.instances)
         server.add_generic_rpc_handlers(
             (
-                dispatcher.service(_COMPUTE, instances.handlers | console.handlers),
-                dispatcher.service(_CLUSTER, nodes.handlers | events.handlers),
+                dispatcher.service(_COMPUTE, instances.handlers | console.handlers | placements.compute),
+                dispatcher.service(_CLUSTER, nodes.handlers | events.handlers | placements.cluster),
                 dispatcher.service(_OPERATION, operations.handlers),
             )
         )

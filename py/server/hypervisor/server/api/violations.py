@@ -29,6 +29,15 @@ class Violations:
         """What the checks of ``core.names`` return."""
         self._found.extend(violation for violation in found if violation is not None)
 
+    def merge(self, other: "Violations") -> None:
+        """What another collection has found."""
+        self._found.extend(other._found)
+
+    @property
+    def found(self) -> bool:
+        """Whether anything was wrong so far."""
+        return bool(self._found)
+
     def check(self) -> None:
         """Raise ``InvalidArgument`` if anything was wrong."""
         if self._found:
