@@ -64,6 +64,7 @@ def start_agent(tmp_path: Path, server: ClusterDouble) -> StartAgent:
         servers: tuple[str, ...] = (),
         driver: FakeDriver | None = None,
         registered_at: ClusterDouble = server,
+        holder: str = "embedded",
     ) -> AsyncIterator[RunningAgent]:
         directory = data_dir or tmp_path / "agent"
         settings = AgentSettings.model_validate(
@@ -76,6 +77,7 @@ def start_agent(tmp_path: Path, server: ClusterDouble) -> StartAgent:
                     "shutdown_grace": "2s",
                     "console_scrollback": "64KiB",
                 },
+                "console": {"holder": holder},
                 "drivers": {"health_interval": "100ms"},
             }
         )
