@@ -127,6 +127,7 @@ async def whole_agent(
                 "data_dir": str(data),
                 "shutdown_grace": "1s",
             },
+            "console": {"holder": "embedded"},
             "drivers": {"health_interval": "100ms"},
         }
     )

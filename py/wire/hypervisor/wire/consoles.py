@@ -42,8 +42,13 @@ _POLICIES = frozenset(instance_pb2.ConsoleInput.ResizePolicy.values())
 
 def console_size_from_wire(size: instance_pb2.ConsoleInput.Resize, field: str) -> ConsoleSize:
     """The size of a viewer's terminal. InvalidArgument names ``field``."""
-    if not (1 <= size.width <= _MAX_SIDE and 1 <= size.height <= _MAX_SIDE):
-        raise InvalidArgument.of_field(field, "width and height must be from 1 to 10,000")
+    wrong = tuple(
+        FieldViolation(f"{field}.{side}", f"is {length}: use 1 to {_MAX_SIDE}")
+        for side, length in (("width", size.width), ("height", size.height))
+        if not 1 <= length <= _MAX_SIDE
+    )
+    if wrong:
+        raise InvalidArgument.of_fields(wrong)
     return ConsoleSize(size.width, size.height)
 
 

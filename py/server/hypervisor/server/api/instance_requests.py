@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from hypervisor.core.ids import is_id
-from hypervisor.core.model import ConsoleSize, InstanceSpec
+from hypervisor.core.model import InstanceSpec
 from hypervisor.core.names import check_dns_label, check_labels, shorten
 from hypervisor.core.states import DesiredState, InstanceType
 from hypervisor.server.api.violations import MAX_OBJECT_NAME, Violations
@@ -17,7 +17,6 @@ from hypervisor.wire.instances import spec_from_wire
 __all__ = [
     "InstanceRequest",
     "VersionedRequest",
-    "console_size",
     "draft_of",
     "read_ref_of",
     "ref_of",
@@ -77,6 +76,7 @@ InstanceRequest = (
     | compute_pb2.GetInstanceStatsRequest
     | compute_pb2.WatchInstanceStatsRequest
     | instance_pb2.ConsoleInput.Open
+    | instance_pb2.GetInstanceLogsRequest
 )
 """Requests that name one instance that exists."""
 
@@ -287,11 +287,3 @@ def stats_interval(request: compute_pb2.WatchInstanceStatsRequest, wrong: Violat
     if not request.HasField("interval"):
         return DEFAULT_INTERVAL_S
     return wrong.seconds("interval", request.interval, at_least=0.1, at_most=3600.0)
-
-
-def console_size(field: str, size: instance_pb2.ConsoleInput.Resize, wrong: Violations) -> ConsoleSize:
-    """The size of a viewer's terminal."""
-    return ConsoleSize(
-        wrong.whole(f"{field}.width", size.width, low=1, high=10_000),
-        wrong.whole(f"{field}.height", size.height, low=1, high=10_000),
-    )
