@@ -3,6 +3,7 @@
 import asyncio
 import socket
 from collections import deque
+from typing import cast
 
 from hypervisor.agent.console_items import Data, Skipped
 from hypervisor.ext.console_mux import FrameDecoder
@@ -79,8 +80,8 @@ class ConsoleLink(asyncio.Protocol):
             self._transport.close()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._transport = transport
+        # uvloop's transports are none by inheritance.
+        self._transport = cast("asyncio.WriteTransport", transport)
 
     def data_received(self, data: bytes) -> None:
         for frame in self._decoder.feed(data):

@@ -7,6 +7,7 @@ each of which the guest gets whole; who needs larger ones whole takes turns (the
 import asyncio
 import socket
 from collections import deque
+from typing import cast
 
 from hypervisor.core.errors import FailedPrecondition
 from hypervisor.ext.console_mux import FrameDecoder
@@ -59,8 +60,8 @@ class ConsoleTypist(asyncio.Protocol):
         self._end()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._transport = transport
+        # uvloop's transports are none by inheritance.
+        self._transport = cast("asyncio.WriteTransport", transport)
 
     def data_received(self, data: bytes) -> None:
         for frame in self._decoder.feed(data):

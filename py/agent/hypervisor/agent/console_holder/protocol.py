@@ -178,7 +178,7 @@ class Retain(_Struct, frozen=True):
 
 
 class Bye(_Struct, frozen=True):
-    """The agent leaves in order: a holder without anything live ends now. Answered by None."""
+    """The agent leaves in order: the holder ends as soon as nothing is live. Answered by None."""
 
 
 class Stop(_Struct, frozen=True):

@@ -32,6 +32,8 @@ class HolderServer:
         self._over = asyncio.Event()
         self._wake = asyncio.Event()
         self._alone_since = time.monotonic()
+        self._left_in_order = False
+        """The agent has said that it leaves: once nothing is live any more, nobody is waited for."""
 
     async def run(self, listener: socket.socket | None = None) -> None:
         """Serve until ``Stop``, ``Bye`` with nothing live, idleness, or :meth:`stop`. Closes everything at its end."""
@@ -66,6 +68,7 @@ class HolderServer:
             sock, on_packet=lambda packet: self._packet(channel, packet), on_close=lambda: self._left(channel)
         )
         self._channel = channel
+        self._left_in_order = False
 
     def stop(self) -> None:
         """End as soon as possible."""
@@ -99,10 +102,10 @@ class HolderServer:
         except Refused as exc:
             answer = protocol.Refusal(number, exc.reason, str(exc))
         channel.send(protocol.encode(answer))
-        if isinstance(request, protocol.Stop) or (
-            isinstance(request, protocol.Bye) and not self._holding.live and self._idle_s is not None
-        ):
+        if isinstance(request, protocol.Stop):
             self.stop()
+        elif isinstance(request, protocol.Bye):
+            self._left_in_order = True
 
     def _answer(self, request: protocol.Request, descriptors: tuple[int, ...]) -> object:
         match request:
@@ -126,12 +129,13 @@ class HolderServer:
             self._channel = None
             self._alone_since = time.monotonic()
             _log.info("console_holder_agent_left", live=self._holding.live)
+            self._end_if_idle()
 
     def _end_if_idle(self) -> None:
         if self._idle_s is None or self._channel is not None:
             return
         if self._holding.live:
             self._alone_since = time.monotonic()
-        elif time.monotonic() - self._alone_since >= self._idle_s:
+        elif self._left_in_order or time.monotonic() - self._alone_since >= self._idle_s:
             _log.info("console_holder_idle")
             self.stop()
