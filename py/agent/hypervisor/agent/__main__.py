@@ -13,6 +13,7 @@ import uvloop
 
 from hypervisor.agent.app import run_agent
 from hypervisor.agent.config import AgentSettings
+from hypervisor.agent.console_holder import program as console_holder_program
 from hypervisor.agent.simulated import run_simulated
 from hypervisor.core import logging
 from hypervisor.core.clock import SystemClock
@@ -58,6 +59,18 @@ def main(
     context.obj = (config_path, overrides)
     if context.invoked_subcommand is None:
         context.exit(_run(_load(context, config_path, overrides), simulated))
+
+
+@main.command(
+    "console-holder",
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
+    short_help="Hold the consoles of a node; started by the agent.",
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def console_holder(context: click.Context, arguments: tuple[str, ...]) -> None:
+    """Hold the consoles of a node while agents come and go. The agent starts it by itself."""
+    context.exit(console_holder_program.main(arguments))
 
 
 @main.group()
