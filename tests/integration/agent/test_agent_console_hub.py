@@ -14,11 +14,17 @@ from hypervisor.agent.console import ConsoleHub, ConsoleLimits
 from hypervisor.agent.console_holder import protocol
 from hypervisor.agent.console_holder.client import HolderClient
 from hypervisor.agent.console_holder.launching import EmbeddedHolder
-from hypervisor.agent.console_items import Data, End, Ended, Output
-from hypervisor.agent.console_viewer import Viewer
+from hypervisor.agent.console_items import Data, End, Ended, Output, Skipped
+from hypervisor.agent.console_viewer import OWN_WINDOW_BYTES, Viewer
 from hypervisor.core.clock import SystemClock
-from hypervisor.core.consoles import ConsoleOptions
-from hypervisor.core.errors import FailedPrecondition, HypervisorError, Unavailable, Unimplemented
+from hypervisor.core.consoles import MAX_WINDOW_BYTES, ConsoleOptions
+from hypervisor.core.errors import (
+    FailedPrecondition,
+    HypervisorError,
+    InvalidArgument,
+    Unavailable,
+    Unimplemented,
+)
 from hypervisor.core.model import ConsoleSize, Observation
 from hypervisor.core.states import InstanceStatus
 
@@ -210,6 +216,60 @@ async def test_a_console_that_fails_is_attached_anew_and_viewers_stay(node: Node
 
 async def _second(node: Node) -> Terminal:
     return await node.terminal(1)
+
+
+@pytest.mark.parametrize("window", [0, 10_000])
+async def test_a_viewer_that_takes_nothing_holds_little_and_costs_nobody_anything(
+    node: Node, window: int
+) -> None:
+    total = 5 + (64 << 16)
+    node.runs()
+    terminal = await node.terminal()
+    async with (
+        node.hub.view(ConsoleOptions(window_bytes=window)) as stuck,
+        node.hub.view(ConsoleOptions()) as quick,
+        _seeing(quick) as items,
+    ):
+        output = stuck.output()
+        terminal.output.put_nowait(b"first")
+        assert await anext(output) == Data(b"first")
+        held = 0
+        for _ in range(64):
+            terminal.output.put_nowait(b"x" * 65536)
+            held = max(held, stuck.waiting_bytes)
+            await asyncio.sleep(0)
+        await within(_until_printed(node, total), what="the guest is not held up")
+        await until(lambda: _passed(items) == total, what="the other viewer gets on")
+
+        held = max(held, stuck.waiting_bytes)
+        following = await anext(output)
+
+    assert 0 < held <= (window or OWN_WINDOW_BYTES)
+    assert isinstance(following, Data)
+
+
+def _passed(items: list[Output]) -> int:
+    return sum(
+        len(item.data) if isinstance(item, Data) else item.count
+        for item in items
+        if isinstance(item, Data | Skipped)
+    )
+
+
+async def test_credit_is_what_a_viewer_with_a_window_gets(node: Node) -> None:
+    node.runs()
+    terminal = await node.terminal()
+    async with node.hub.view(ConsoleOptions(window_bytes=4)) as viewer, _seeing(viewer) as items:
+        terminal.output.put_nowait(b"0123456789")
+        await until(lambda: _text(items) == b"0123", what="the window is used")
+        viewer.grant(3)
+        await until(lambda: _text(items) == b"0123456", what="the credit is used")
+
+        with pytest.raises(InvalidArgument):
+            viewer.grant(MAX_WINDOW_BYTES + 1)
+    async with node.hub.view(ConsoleOptions()) as viewer:
+        with pytest.raises(InvalidArgument):
+            viewer.grant(1)
 
 
 async def test_viewers_end_with_the_exit_code_that_comes_after_the_last_output(node: Node) -> None:
