@@ -219,6 +219,7 @@ async def test_a_holder_that_is_killed_is_replaced_and_viewers_are_told(node: No
                     notices.append(message.notice)
 
         await within(until_shown(b"line 00000999\n"), what="what was printed")
+        await until(lambda: node.on_disk(instance_id) == 1000 * 14, what="it is on disk")
         killed = node.holder()
         os.kill(killed, signal.SIGKILL)
         last = await within(guest.print(1000), what="the guest prints on", timeout_s=20.0)
@@ -293,7 +294,8 @@ async def test_a_holder_that_hangs_is_replaced(node: Node) -> None:
     async with node.agent() as first:
         instance_id = await node.create()
         guest = node.printing(instance_id)
-        await node.logged(instance_id, await guest.print(10))
+        await guest.print(10)
+        await until(lambda: node.on_disk(instance_id) == 10 * 14, what="it is on disk")
         hanging = node.holder()
         os.kill(hanging, signal.SIGSTOP)
         first.kill()
