@@ -21,7 +21,7 @@ from hypervisor.core.errors import HypervisorError, leaf_errors
 from hypervisor.core.ids import new_id
 from hypervisor.core.settings import SettingsError, environment_name, known_keys, load
 from hypervisor.core.version import program_version
-from hypervisor.ext import stats_sampler
+from hypervisor.ext import console_mux, stats_sampler
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -124,7 +124,12 @@ async def _serve(settings: AgentSettings, simulated: int | None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     clock, rng, version = SystemClock(), random.SystemRandom(), program_version()
-    _log.info("agent_starting", version=version, stats_sampler=stats_sampler.implementation)
+    _log.info(
+        "agent_starting",
+        version=version,
+        stats_sampler=stats_sampler.implementation,
+        console_mux=console_mux.implementation,
+    )
     if simulated is None:
         await run_agent(settings, stop=stop, clock=clock, rng=rng, new_id=new_id, version=version)
     else:
