@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,11 +48,11 @@ from hvtest_control_plane import add_node, registration
 from hypervisor.agent.drivers.driver import Assignment
 from hypervisor.agent.drivers.fake import FakeConfig, FakeDriver
 from hypervisor.core.clock import SystemClock
+from hypervisor.core.consoles import ConsoleOptions, LogOptions, LogPiece
 from hypervisor.core.ids import new_id
 from hypervisor.core.logging import LogFormat, configure
 from hypervisor.core.model import (
     Allocation,
-    ConsoleSize,
     Instance,
     InstanceSpec,
     InstanceStats,
@@ -137,11 +137,13 @@ class FakeAgent:
         self,
         instance_id: str,
         context: CallContext,
-        *,
-        read_only: bool,
-        replay_bytes: int,
-        size: ConsoleSize | None,
+        options: ConsoleOptions,
     ) -> ConsoleSession:
+        raise AssertionError("this benchmark only creates")
+
+    def logs(
+        self, instance_id: str, context: CallContext, options: LogOptions
+    ) -> AsyncGenerator[LogPiece, None]:
         raise AssertionError("this benchmark only creates")
 
 

@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from hypervisor.core.consoles import ConsoleOptions, LogOptions, LogPiece
 from hypervisor.core.errors import (
     DeadlineExceeded,
     FailedPrecondition,
@@ -12,7 +13,7 @@ from hypervisor.core.errors import (
     NotFound,
     Unavailable,
 )
-from hypervisor.core.model import ConsoleSize, Instance, InstanceStats, Node, Observation
+from hypervisor.core.model import Instance, InstanceStats, Node, Observation
 from hypervisor.core.states import InstanceStatus
 from hypervisor.server.agents import CallContext
 from hypervisor.server.services import ConsoleSession
@@ -134,12 +135,15 @@ class MemoryAgent:
         self,
         instance_id: str,
         context: CallContext,
-        *,
-        read_only: bool,
-        replay_bytes: int,
-        size: ConsoleSize | None,
+        options: ConsoleOptions,
     ) -> ConsoleSession:
         raise AssertionError("consoles are tested over gRPC")
+
+    async def logs(
+        self, instance_id: str, context: CallContext, options: LogOptions
+    ) -> AsyncGenerator[LogPiece, None]:
+        raise AssertionError("logs are tested over gRPC")
+        yield
 
     def _known(self, instance_id: str) -> _Held:
         if instance_id not in self.held:

@@ -373,6 +373,9 @@ class FakeServer(
                 if message.WhichOneof("input") == "resize":
                     self._note_size(message.resize)
                     continue
+                if message.WhichOneof("input") == "credit":
+                    self.console_credit += message.credit
+                    continue
                 if read_only:
                     raise AssertionError("input on a read-only console")
                 self.console_input += message.data
@@ -390,6 +393,25 @@ class FakeServer(
                         outgoing.put(None)
         except grpc.RpcError:
             return  # the client left
+
+    def GetInstanceLogs(self, request: Any, context: Any) -> Iterator[instance_pb2.InstanceLogChunk]:
+        """``logged`` from ``request``'s beginning on; followed by one more line with ``follow``."""
+        self._enter("GetInstanceLogs", request, context)
+        self._instance(request, context)
+        position, skipped = self.logged_from, 0
+        kind = request.WhichOneof("start")
+        data = self.logged
+        if kind == "from_position":
+            position = max(request.from_position, self.logged_from)
+            skipped = position - request.from_position
+            data = data[position - self.logged_from :]
+        elif kind == "tail_bytes":
+            data = data[len(data) - request.tail_bytes :]
+        elif kind == "tail_lines":
+            data = b"".join(data.splitlines(keepends=True)[-request.tail_lines :])
+        yield instance_pb2.InstanceLogChunk(position=position, data=data, skipped_bytes=skipped)
+        if request.follow:
+            yield instance_pb2.InstanceLogChunk(position=position + len(data), data=b"one more\r\n")
 
     # OperationService.
 

@@ -44,6 +44,10 @@ class FakeState:
         self.metadata: list[tuple[str, str]] = []
         self.console_sizes: list[tuple[int, int]] = []
         self.console_input = bytearray()
+        self.console_credit = 0
+        self.logged = b"first\r\nsecond\r\nthird\r\n"
+        self.logged_from = 0
+        """Position of the first byte of ``logged``."""
         self.console_script: Callable[[queue.Queue[instance_pb2.ConsoleOutput | None]], None] | None = None
         self.revision = 100
         self.compacted_below = 0

@@ -8,6 +8,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hypervisor.agent.console import ConsoleLimits
+from hypervisor.agent.console_holder.launching import EmbeddedHolder
 from hypervisor.agent.consoles import ConsoleHubs
 from hypervisor.agent.disk import Disk
 from hypervisor.agent.drivers.driver import Assignment, Driver
@@ -117,7 +119,8 @@ async def node_under_test(
             attach=lambda instance_id: manager.attach(instance_id),
             clock=clock,
             rng=rng,
-            scrollback_bytes=64 << 10,
+            launcher=EmbeddedHolder(directory),
+            limits=ConsoleLimits(scrollback_bytes=64 << 10, log_bytes=1 << 20, log_files=2),
         )
         stats = StatsService(
             locate=lambda instance_id: manager.stats_source(instance_id),

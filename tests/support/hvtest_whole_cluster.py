@@ -132,6 +132,7 @@ async def whole_agent(
                 "data_dir": str(data),
                 "shutdown_grace": "1s",
             },
+            "console": {"holder": "embedded"},
             "drivers": {"health_interval": "100ms"},
             "stats": {"interval": "100ms", "slow_interval": "1s"},
             "metrics": {"address": "127.0.0.1:0"},

@@ -68,6 +68,7 @@ def start_agent(tmp_path: Path, server: ClusterDouble) -> StartAgent:
         driver: FakeDriver | None = None,
         registered_at: ClusterDouble = server,
         max_series: int = 1000,
+        holder: str = "embedded",
     ) -> AsyncIterator[RunningAgent]:
         directory = data_dir or tmp_path / "agent"
         metrics_address = f"127.0.0.1:{free_port()}"
@@ -81,6 +82,7 @@ def start_agent(tmp_path: Path, server: ClusterDouble) -> StartAgent:
                     "shutdown_grace": "2s",
                     "console_scrollback": "64KiB",
                 },
+                "console": {"holder": holder},
                 "drivers": {"health_interval": "100ms"},
                 "stats": {"interval": "100ms", "slow_interval": "1s"},
                 "metrics": {"address": metrics_address, "max_instances": max_series},

@@ -8,11 +8,13 @@ import pytest
 
 from hvtest_agent_waiting import until, within
 from hvtest_node import assignment, node_under_test, ref
-from hypervisor.agent.console import ConsoleHub, End, Ended, Output
+from hypervisor.agent.console import ConsoleHub
+from hypervisor.agent.console_items import End, Ended, Output
 from hypervisor.agent.disk import Disk
 from hypervisor.agent.drivers.fake import FakeConfig, FakeDriver
 from hypervisor.agent.drivers.guard import DriverDeadlines
 from hypervisor.core.clock import SystemClock
+from hypervisor.core.consoles import ConsoleOptions
 from hypervisor.core.errors import (
     DeadlineExceeded,
     FailedPrecondition,
@@ -432,7 +434,7 @@ async def test_a_defect_in_a_console_lets_its_viewers_go(
         wanted = assignment()
         await node.manager.create(wanted, start=True)
         hub = node.consoles.hub(wanted.instance_id)
-        async with hub.view(replay_bytes=0, read_only=True) as viewer:
+        async with hub.view(ConsoleOptions(read_only=True)) as viewer:
             await node.driver.exit(wanted.instance_id, 0)
 
             async def last() -> Output:

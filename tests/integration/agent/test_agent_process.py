@@ -124,7 +124,7 @@ async def test_the_log_says_which_implementation_of_the_extension_is_live(
         await until(lambda: agent.named("agent_ready"), what="the agent starts", timeout_s=20.0)
 
     (starting,) = agent.named("agent_starting")
-    assert starting["stats_sampler"] == live
+    assert (starting["stats_sampler"], starting["console_mux"]) == (live, live)
 
 
 async def test_kill_9_leaves_instances_running_and_the_next_agent_adopts_them(

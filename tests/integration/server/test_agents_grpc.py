@@ -17,6 +17,7 @@ from hypervisor.agent.api.console_stream import ConsoleStreams
 from hypervisor.agent.api.server import AgentServer
 from hypervisor.agent.resources import FixedResources
 from hypervisor.core.clock import SystemClock
+from hypervisor.core.consoles import ALL_KEPT, ConsoleOptions
 from hypervisor.core.errors import FailedPrecondition, HypervisorError, NotFound, Unavailable
 from hypervisor.core.ids import new_id
 from hypervisor.core.model import ConsoleSize, Node
@@ -126,7 +127,7 @@ async def test_a_console_carries_bytes_both_ways_and_ends_with_the_instance(
         ref = InstanceRef("web")
         await plane.instances.create(draft("web"), mutation())
         session = await plane.instances.attach_console(
-            ref, CALLER, read_only=False, replay_bytes=-1, size=ConsoleSize(80, 24)
+            ref, CALLER, ConsoleOptions(replay=ALL_KEPT, size=ConsoleSize(80, 24))
         )
         seen: list[object] = []
 
@@ -160,9 +161,7 @@ async def test_a_console_of_what_is_not_there_is_refused(storage: Storage, tmp_p
     ):
         agent = pool.agent(plane.nodes.resolve(node_id).value)
         with pytest.raises(HypervisorError) as refused:
-            await agent.attach_console(
-                new_id("i"), CallContext("x", 5.0), read_only=True, replay_bytes=0, size=None
-            )
+            await agent.attach_console(new_id("i"), CallContext("x", 5.0), ConsoleOptions(read_only=True))
         assert refused.value.reason == "INSTANCE_NOT_FOUND"
 
 
@@ -212,7 +211,7 @@ async def test_a_node_that_moves_ends_what_waits_for_it_as_unreachable(kind: str
                 async for _ in agent.watch_stats(new_id("i"), context, interval_s=1.0, history_s=0.0):
                     pass
             case _:
-                await agent.attach_console(new_id("i"), context, read_only=True, replay_bytes=0, size=None)
+                await agent.attach_console(new_id("i"), context, ConsoleOptions(read_only=True))
 
     async with silent_agent() as (port, called), AgentPool() as pool:
         now = SystemClock().now()

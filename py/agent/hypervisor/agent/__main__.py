@@ -14,6 +14,7 @@ import uvloop
 
 from hypervisor.agent.app import run_agent
 from hypervisor.agent.config import AgentSettings
+from hypervisor.agent.console_holder import program as console_holder_program
 from hypervisor.agent.simulated import run_simulated
 from hypervisor.core import logging
 from hypervisor.core.clock import SystemClock
@@ -21,7 +22,7 @@ from hypervisor.core.errors import HypervisorError, leaf_errors
 from hypervisor.core.ids import new_id
 from hypervisor.core.settings import SettingsError, environment_name, known_keys, load
 from hypervisor.core.version import program_version
-from hypervisor.ext import stats_sampler
+from hypervisor.ext import console_mux, stats_sampler
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -59,6 +60,18 @@ def main(
     context.obj = (config_path, overrides)
     if context.invoked_subcommand is None:
         context.exit(_run(_load(context, config_path, overrides), simulated))
+
+
+@main.command(
+    "console-holder",
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
+    short_help="Hold the consoles of a node; started by the agent.",
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def console_holder(context: click.Context, arguments: tuple[str, ...]) -> None:
+    """Hold the consoles of a node while agents come and go. The agent starts it by itself."""
+    context.exit(console_holder_program.main(arguments))
 
 
 @main.group()
@@ -113,7 +126,12 @@ async def _serve(settings: AgentSettings, simulated: int | None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     clock, rng, version = SystemClock(), random.SystemRandom(), program_version()
-    _log.info("agent_starting", version=version, stats_sampler=stats_sampler.implementation)
+    _log.info(
+        "agent_starting",
+        version=version,
+        stats_sampler=stats_sampler.implementation,
+        console_mux=console_mux.implementation,
+    )
     if simulated is None:
         await run_agent(settings, stop=stop, clock=clock, rng=rng, new_id=new_id, version=version)
     else:

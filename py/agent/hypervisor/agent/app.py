@@ -12,7 +12,9 @@ from hypervisor.agent.api.agent_service import AgentService
 from hypervisor.agent.api.console_stream import ConsoleStreams
 from hypervisor.agent.api.server import AgentServer
 from hypervisor.agent.cluster_link import GrpcClusterLink, NodeDescription
-from hypervisor.agent.config import AgentSettings
+from hypervisor.agent.config import AgentSettings, HolderMode
+from hypervisor.agent.console import ConsoleLimits
+from hypervisor.agent.console_holder.launching import EmbeddedHolder, HolderProcess, Launcher
 from hypervisor.agent.consoles import ConsoleHubs
 from hypervisor.agent.data_directory import DataDirectory
 from hypervisor.agent.drivers.guard import DriverDeadlines
@@ -149,7 +151,12 @@ class _Agent:
             attach=lambda instance_id: self._manager.attach(instance_id),
             clock=clock,
             rng=rng,
-            scrollback_bytes=settings.agent.console_scrollback,
+            launcher=_console_launcher(settings, simulated=node.simulated),
+            limits=ConsoleLimits(
+                scrollback_bytes=settings.agent.console_scrollback,
+                log_bytes=settings.console.log.max_bytes,
+                log_files=0 if node.simulated else settings.console.log.files,
+            ),
         )
         self._reporter = Reporter(
             node,
@@ -205,6 +212,7 @@ class _Agent:
                 group.create_task(self._manager.run()),
             ]
             if await self._adopted(stop):
+                await self._consoles.retain(self._manager.known())
                 async with self._metrics_served(), server:
                     tasks += [
                         group.create_task(self._health.run()),
@@ -277,6 +285,12 @@ def _make_drivers(settings: AgentSettings, *, clock: Clock, rng: random.Random, 
         query_s=settings.drivers.query_timeout,
     )
     return make_drivers(settings.drivers.enabled, context, deadlines=deadlines)
+
+
+def _console_launcher(settings: AgentSettings, *, simulated: bool) -> Launcher:
+    if simulated or settings.console.holder is HolderMode.EMBEDDED:
+        return EmbeddedHolder(settings.agent.data_dir)
+    return HolderProcess(settings.agent.data_dir)
 
 
 async def _close_drivers(drivers: Drivers) -> None:

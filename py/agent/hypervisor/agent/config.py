@@ -3,6 +3,7 @@
 import ipaddress
 import re
 import socket
+from enum import StrEnum
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,7 +16,7 @@ from hypervisor.core.states import NodeRole
 from hypervisor.core.taints import parse_taint
 from hypervisor.core.tls import ClientAuth, ClientTls, ServerTls
 
-__all__ = ["AgentSettings", "ContainerdSection", "MetricsSection"]
+__all__ = ["AgentSettings", "ContainerdSection", "HolderMode", "MetricsSection"]
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
 """What containerd takes (identifiers.Validate), checked before anything is begun."""
@@ -122,7 +123,7 @@ class AgentSection(Section):
         default=256 << 10,
         ge=4096,
         le=64 << 20,
-        description="Output kept of each console, for viewers that come later.",
+        description="Output kept in memory of each console, for viewers that come later.",
     )
 
     @pydantic.field_validator("server_address", mode="before")
@@ -135,6 +136,38 @@ class AgentSection(Section):
     def _bind_is_an_address(cls, bind: str) -> str:
         ipaddress.ip_address(bind)
         return bind
+
+
+class ConsoleLogSection(Section):
+    """Output of consoles on disk, in `agent.data_dir`."""
+
+    max_bytes: ByteSize = pydantic.Field(
+        default=1 << 20, ge=4096, le=1 << 30, description="Size of a file, at which the next one is begun."
+    )
+    files: int = pydantic.Field(
+        default=4,
+        ge=0,
+        le=1000,
+        description="Files kept of each instance. 0: no log; what is printed is then kept in memory alone.",
+    )
+
+
+class HolderMode(StrEnum):
+    """Where consoles are held."""
+
+    PROCESS = "process"
+    EMBEDDED = "embedded"
+
+
+class ConsoleSection(Section):
+    """What is kept of consoles, and by whom. The size of the scrollback is `agent.console_scrollback`."""
+
+    holder: HolderMode = pydantic.Field(
+        default=HolderMode.PROCESS,
+        description="`process`: a small process of its own, which goes on reading while the agent is away; "
+        "`embedded`: the agent, for simulated nodes, which always have that.",
+    )
+    log: ConsoleLogSection = ConsoleLogSection()
 
 
 class DriversSection(Section):
@@ -325,6 +358,7 @@ class AgentSettings(Settings):
 
     node: NodeSection = NodeSection()
     agent: AgentSection = AgentSection()
+    console: ConsoleSection = ConsoleSection()
     drivers: DriversSection = DriversSection()
     libvirt: LibvirtSection = LibvirtSection()
     containerd: ContainerdSection = ContainerdSection()

@@ -7,7 +7,8 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from hypervisor.core.model import ConsoleSize, Instance, InstanceStats, Node, Observation
+from hypervisor.core.consoles import ConsoleOptions, LogOptions, LogPiece
+from hypervisor.core.model import Instance, InstanceStats, Node, Observation
 from hypervisor.server.services import ConsoleSession
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "CallContext",
     "ConsoleClosed",
     "ConsoleData",
+    "ConsoleNotice",
     "ConsoleOpened",
     "ConsoleSkipped",
 ]
@@ -36,6 +38,7 @@ class ConsoleOpened:
     instance_id: str
     replay_bytes: int
     resizable: bool
+    position: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,15 @@ class ConsoleSkipped:
     """This viewer was too slow and did not get so many bytes."""
 
     byte_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class ConsoleNotice:
+    """Something about the console happened; see ConsoleOutput.Notice. Output goes on."""
+
+    reason: str
+    message: str
+    position: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +118,16 @@ class Agent(Protocol):
         self,
         instance_id: str,
         context: CallContext,
-        *,
-        read_only: bool,
-        replay_bytes: int,
-        size: ConsoleSize | None,
+        options: ConsoleOptions,
     ) -> ConsoleSession:
         """Open the terminal. ``context.timeout_s`` is for the opening; the session has no end."""
+        ...
+
+    def logs(
+        self, instance_id: str, context: CallContext, options: LogOptions
+    ) -> AsyncGenerator[LogPiece, None]:
+        """What it printed, and what it prints until it ends where that is asked for. ``context.timeout_s`` does not
+        apply."""
         ...
 
 

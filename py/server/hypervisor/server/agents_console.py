@@ -6,15 +6,23 @@ from contextlib import AbstractContextManager
 
 import grpc
 
+from hypervisor.core.consoles import ConsoleOptions
 from hypervisor.core.errors import FailedPrecondition, Unavailable
 from hypervisor.core.model import ConsoleSize
-from hypervisor.server.agents import ConsoleClosed, ConsoleData, ConsoleOpened, ConsoleSkipped
+from hypervisor.server.agents import (
+    ConsoleClosed,
+    ConsoleData,
+    ConsoleNotice,
+    ConsoleOpened,
+    ConsoleSkipped,
+)
 from hypervisor.v1 import instance_pb2
+from hypervisor.wire.consoles import console_options_to_wire
 
 __all__ = ["AgentConsole", "open_console"]
 
 Call = grpc.aio.StreamStreamCall[instance_pb2.ConsoleInput, instance_pb2.ConsoleOutput]
-Output = ConsoleOpened | ConsoleData | ConsoleSkipped | ConsoleClosed
+Output = ConsoleOpened | ConsoleData | ConsoleSkipped | ConsoleNotice | ConsoleClosed
 Translated = Callable[[], AbstractContextManager[None]]
 """Makes errors of ours of what gRPC raises inside."""
 
@@ -62,6 +70,10 @@ class AgentConsole:
             )
         )
 
+    async def grant(self, count: int) -> None:
+        """The viewer takes so many more bytes."""
+        await self._write(instance_pb2.ConsoleInput(credit=count))
+
     async def aclose(self) -> None:
         """Detach; idempotent."""
         self._call.cancel()
@@ -80,17 +92,11 @@ async def open_console(
     instance_id: str,
     *,
     timeout_s: float,
-    read_only: bool,
-    replay_bytes: int,
-    size: ConsoleSize | None,
+    options: ConsoleOptions,
     translated: Translated,
 ) -> AgentConsole:
     """Begin a session on a fresh call; the call is cancelled when that fails."""
-    opening = instance_pb2.ConsoleInput.Open(
-        instance=instance_id, read_only=read_only, replay_bytes=replay_bytes
-    )
-    if size is not None:
-        opening.size.width, opening.size.height = size.width, size.height
+    opening = console_options_to_wire(options, instance=instance_id)
     try:
         async with asyncio.timeout(timeout_s):
             with translated():
@@ -122,11 +128,14 @@ def _event(message: instance_pb2.ConsoleOutput) -> Output | None:
     match message.WhichOneof("output"):
         case "opened":
             opened = message.opened
-            return ConsoleOpened(opened.instance_id, opened.replay_bytes, opened.resizable)
+            return ConsoleOpened(opened.instance_id, opened.replay_bytes, opened.resizable, opened.position)
         case "data":
             return ConsoleData(message.data)
         case "skipped":
             return ConsoleSkipped(message.skipped.bytes)
+        case "notice":
+            notice = message.notice
+            return ConsoleNotice(notice.reason, notice.message, notice.position)
         case "closed":
             closed = message.closed
             return ConsoleClosed(closed.reason, closed.exit_code if closed.HasField("exit_code") else None)

@@ -9,11 +9,13 @@ import grpc
 import structlog
 
 from hypervisor.agent.v1 import agent_pb2, agent_pb2_grpc
+from hypervisor.core.consoles import ConsoleOptions, LogOptions, LogPiece
 from hypervisor.core.errors import HypervisorError, Internal, Unavailable
 from hypervisor.core.grpc_errors import from_rpc_error
-from hypervisor.core.model import ConsoleSize, Instance, InstanceStats, Node, Observation
+from hypervisor.core.model import Instance, InstanceStats, Node, Observation
 from hypervisor.server.agents import CallContext
 from hypervisor.server.agents_console import AgentConsole, open_console
+from hypervisor.wire.consoles import log_options_to_wire, log_piece_from_wire
 from hypervisor.wire.enums import INSTANCE_TYPE
 from hypervisor.wire.instances import observation_from_wire, spec_to_wire
 from hypervisor.wire.stats import stats_from_wire
@@ -108,21 +110,28 @@ class GrpcAgent:
         self,
         instance_id: str,
         context: CallContext,
-        *,
-        read_only: bool,
-        replay_bytes: int,
-        size: ConsoleSize | None,
+        options: ConsoleOptions,
     ) -> AgentConsole:
         call = self._stub.AttachConsole(metadata=_metadata(context))
         return await open_console(
             call,
             instance_id,
             timeout_s=context.timeout_s,
-            read_only=read_only,
-            replay_bytes=replay_bytes,
-            size=size,
+            options=options,
             translated=self._translated,
         )
+
+    async def logs(
+        self, instance_id: str, context: CallContext, options: LogOptions
+    ) -> AsyncGenerator[LogPiece, None]:
+        request = log_options_to_wire(options, instance=instance_id)
+        call = self._stub.GetInstanceLogs(request, metadata=_metadata(context))
+        try:
+            with self._translated():
+                async for chunk in call:
+                    yield log_piece_from_wire(chunk)
+        finally:
+            call.cancel()
 
     async def _call(self, method: Callable[..., Awaitable[R]], request: object, context: CallContext) -> R:
         with self._translated():

@@ -5,9 +5,10 @@ from contextlib import aclosing
 from functools import partial
 
 from hypervisor.core.clock import Clock
+from hypervisor.core.consoles import ConsoleOptions, LogOptions, LogPiece
 from hypervisor.core.errors import Conflict, FailedPrecondition, NotFound
 from hypervisor.core.ids import IdSource
-from hypervisor.core.model import ConsoleSize, Instance, InstanceStats, Node, OperationRecord
+from hypervisor.core.model import Instance, InstanceStats, Node, OperationRecord
 from hypervisor.core.states import ACTIVE, NodeStatus
 from hypervisor.server import keys
 from hypervisor.server.agents import Agents, CallContext
@@ -178,19 +179,38 @@ class InstanceService:
         self,
         ref: InstanceRef,
         caller: Caller,
-        *,
-        read_only: bool,
-        replay_bytes: int,
-        size: ConsoleSize | None,
+        options: ConsoleOptions,
     ) -> ConsoleSession:
         instance, node = self._running(ref, "console")
         return await self._agents.agent(node).attach_console(
             instance.id,
             CallContext(caller.request_id, _CONSOLE_TIMEOUT_S),
-            read_only=read_only,
-            replay_bytes=replay_bytes,
-            size=size,
+            options,
         )
+
+    async def logs(
+        self, ref: InstanceRef, caller: Caller, options: LogOptions
+    ) -> AsyncGenerator[LogPiece, None]:
+        instance, node = self._placed(ref)
+        context = CallContext(caller.request_id, _CONSOLE_TIMEOUT_S)
+        # Closed with this generator, so that the agent does not go on for a caller who has left.
+        async with aclosing(self._agents.agent(node).logs(instance.id, context, options)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    def _placed(self, ref: InstanceRef) -> tuple[Instance, Node]:
+        """The instance and its node, which lives; the instance may be in any state."""
+        instance = self.resolve(ref).value
+        if not instance.node_id:
+            raise FailedPrecondition(
+                f"instance {instance.name} has no node yet: try again once it is placed",
+                reason="NOT_PLACED",
+                metadata={"instance_id": instance.id, "status": instance.status.value},
+            )
+        node = self._committer.find(keys.node(instance.node_id))
+        if node is None or node.value.status is NodeStatus.OFFLINE:
+            raise node_unreachable(instance, node.value if node else None)
+        return instance, node.value
 
     def _running(self, ref: InstanceRef, verb: str) -> tuple[Instance, Node]:
         """The instance and its node, for what only a running instance on a living node has."""

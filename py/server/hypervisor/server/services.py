@@ -14,6 +14,7 @@ from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
+from hypervisor.core.consoles import ConsoleOptions, LogOptions, LogPiece
 from hypervisor.core.model import (
     Allocation,
     ConsoleSize,
@@ -189,7 +190,7 @@ class InstanceDraft:
 
 class ConsoleEvent(Protocol):
     """Marker for what a console session yields: see ``agents.py`` (ConsoleOpened, ConsoleData, ConsoleSkipped,
-    ConsoleClosed)."""
+    ConsoleNotice, ConsoleClosed)."""
 
 
 class ConsoleSession(Protocol):
@@ -200,6 +201,10 @@ class ConsoleSession(Protocol):
     async def send(self, data: bytes) -> None: ...
 
     async def resize(self, size: ConsoleSize) -> None: ...
+
+    async def grant(self, count: int) -> None:
+        """The viewer takes so many more bytes."""
+        ...
 
     async def aclose(self) -> None: ...
 
@@ -245,11 +250,12 @@ class Instances(Protocol):
         self,
         ref: InstanceRef,
         caller: Caller,
-        *,
-        read_only: bool,
-        replay_bytes: int,
-        size: ConsoleSize | None,
+        options: ConsoleOptions,
     ) -> ConsoleSession: ...
+
+    def logs(self, ref: InstanceRef, caller: Caller, options: LogOptions) -> AsyncGenerator[LogPiece, None]:
+        """What it printed on its console, in whatever state it is."""
+        ...
 
 
 class Operations(Protocol):

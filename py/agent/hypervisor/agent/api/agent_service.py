@@ -62,6 +62,7 @@ class AgentService:
             "GetInstanceStats": self.get_instance_stats,
             "WatchInstanceStats": self.watch_instance_stats,
             "AttachConsole": self._consoles.attach,
+            "GetInstanceLogs": self._consoles.logs,
             "Reconcile": self.reconcile,
         }
 

@@ -2,20 +2,28 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 
 import structlog
 
-from hypervisor.agent.console import Data, Ended, Output, Skipped, Viewer
+from hypervisor.agent.console_items import Data, Ended, Notice, Output, Skipped
+from hypervisor.agent.console_viewer import Viewer
 from hypervisor.agent.consoles import ConsoleHubs
 from hypervisor.core.errors import HypervisorError, InvalidArgument, Unimplemented
 from hypervisor.core.model import ConsoleSize
 from hypervisor.v1 import instance_pb2
+from hypervisor.wire.consoles import (
+    console_options_from_wire,
+    console_size_from_wire,
+    credit_from_wire,
+    log_options_from_wire,
+    log_piece_to_wire,
+)
 from hypervisor.wire.rpc import Call
 
 __all__ = ["ConsoleStreams"]
 
 _MAX_INPUT = 64 << 10
-_MAX_SIZE = 10_000
 
 _log = structlog.get_logger(__name__)
 
@@ -31,14 +39,15 @@ class ConsoleStreams:
     ) -> AsyncIterator[instance_pb2.ConsoleOutput]:
         """See ComputeService.AttachConsole; ``open.instance`` is an instance id."""
         opening = await _opening(requests)
-        size = _size(opening.size, "open.size") if opening.HasField("size") else None
+        options = console_options_from_wire(opening)
         hub = self._hubs.hub(opening.instance)
-        async with hub.view(replay_bytes=opening.replay_bytes, read_only=opening.read_only) as viewer:
-            if size is not None and viewer.resizable and not opening.read_only:
-                await viewer.resize(size)
+        async with hub.view(options) as viewer:
             yield instance_pb2.ConsoleOutput(
                 opened=instance_pb2.ConsoleOutput.Opened(
-                    instance_id=opening.instance, replay_bytes=viewer.replay_bytes, resizable=viewer.resizable
+                    instance_id=opening.instance,
+                    replay_bytes=viewer.replay_bytes,
+                    resizable=viewer.resizable,
+                    position=viewer.position,
                 )
             )
             typing = asyncio.ensure_future(_take_input(viewer, requests))
@@ -49,6 +58,17 @@ class ConsoleStreams:
                 typing.cancel()
                 await asyncio.wait({typing})
                 _note_defect(typing)
+
+    async def logs(
+        self, request: instance_pb2.GetInstanceLogsRequest, _: Call
+    ) -> AsyncIterator[instance_pb2.InstanceLogChunk]:
+        """See ComputeService.GetInstanceLogs; ``instance`` is an instance id."""
+        if not request.instance:
+            raise InvalidArgument.of_field("instance", "is required: give an instance id")
+        options = log_options_from_wire(request)
+        async with aclosing(self._hubs.hub(request.instance).logs(options)) as pieces:
+            async for piece in pieces:
+                yield log_piece_to_wire(piece)
 
 
 async def _take_input(viewer: Viewer, requests: AsyncIterator[instance_pb2.ConsoleInput]) -> None:
@@ -70,11 +90,13 @@ async def _type(viewer: Viewer, requests: AsyncIterator[instance_pb2.ConsoleInpu
                 if request.data:
                     await _write(viewer, request.data)
             case "resize":
-                await _resize(viewer, _size(request.resize, "resize"))
+                await _resize(viewer, console_size_from_wire(request.resize, "resize"))
+            case "credit":
+                viewer.grant(credit_from_wire(request.credit))
             case "open":
                 raise InvalidArgument.of_field("open", "may only be the first message")
             case _:
-                raise InvalidArgument.of_field("input", "give data or resize")
+                raise InvalidArgument.of_field("input", "give data, resize or credit")
 
 
 def _note_defect(typing: "asyncio.Future[None]") -> None:
@@ -116,18 +138,17 @@ async def _opening(requests: AsyncIterator[instance_pb2.ConsoleInput]) -> instan
     return first.open
 
 
-def _size(size: instance_pb2.ConsoleInput.Resize, field: str) -> ConsoleSize:
-    if not (1 <= size.width <= _MAX_SIZE and 1 <= size.height <= _MAX_SIZE):
-        raise InvalidArgument.of_field(field, "width and height must be from 1 to 10,000")
-    return ConsoleSize(size.width, size.height)
-
-
 def _wire(item: Output) -> instance_pb2.ConsoleOutput:
     match item:
         case Data(data=data):
             return instance_pb2.ConsoleOutput(data=data)
         case Skipped(count=count):
             return instance_pb2.ConsoleOutput(skipped=instance_pb2.ConsoleOutput.Skipped(bytes=count))
+        case Notice():
+            notice = instance_pb2.ConsoleOutput.Notice(
+                reason=item.reason, message=item.message, position=item.position
+            )
+            return instance_pb2.ConsoleOutput(notice=notice)
         case Ended(reason=reason, exit_code=exit_code):
             closed = instance_pb2.ConsoleOutput.Closed(reason=str(reason))
             if exit_code is not None:

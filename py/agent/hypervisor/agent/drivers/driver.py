@@ -28,7 +28,8 @@ what ``capabilities`` says it lacks. All methods are coroutines and must not blo
 """
 
 from collections.abc import AsyncIterator, Mapping
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
@@ -36,7 +37,15 @@ from hypervisor.agent.stats.sources import StatsSource
 from hypervisor.core.model import ConsoleSize, DriverInfo, InstanceSpec, Observation
 from hypervisor.core.states import InstanceType
 
-__all__ = ["VERBS", "Assignment", "Console", "Driver", "Handle"]
+__all__ = [
+    "VERBS",
+    "Assignment",
+    "Console",
+    "ConsoleEndpoint",
+    "Driver",
+    "EndpointConsole",
+    "Handle",
+]
 
 VERBS = (
     "create",
@@ -95,6 +104,30 @@ class Console(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class ConsoleEndpoint:
+    """Descriptors of a terminal, for another process to take over: it gets duplicates of its own.
+
+    ``output``: what the guest prints is read here (a pty, FIFO or socket). ``input``: what is typed is written here; it
+    may be the same; None: the guest takes none any more. ``terminal``: ``output`` is a terminal whose size is that of
+    the guest's; else ``Console.resize`` sets it.
+    """
+
+    output: int
+    input: int | None
+    terminal: bool = False
+
+
+@runtime_checkable
+class EndpointConsole(Console, Protocol):
+    """A Console that is made of descriptors. The agent then neither reads nor writes by it, but hands the descriptors
+    to its console holder, which keeps them over restarts of the agent; one without is pumped by the agent."""
+
+    def endpoint(self) -> ConsoleEndpoint:
+        """The descriptors, still owned by this console: valid until ``close``, which leaves duplicates alone."""
+        ...
+
+
 class Driver(Protocol):
     """See the module's docstring for vocabulary, lifecycle and errors."""
 
@@ -140,8 +173,9 @@ class Driver(Protocol):
         ...
 
     async def attach(self, instance_id: str) -> Console:
-        """The instance's terminal; one attachment at a time. ``FailedPrecondition`` (``NOT_RUNNING``), but an instance
-        that has ended can still be attached to while output is left that nobody has read."""
+        """The instance's terminal, an ``EndpointConsole`` where it can be; one attachment at a time.
+        ``FailedPrecondition`` (``NOT_RUNNING``), but an instance that has ended can still be attached to while output
+        is left that nobody has read."""
         ...
 
     async def recover(self, instance_id: str, handle: Handle) -> Observation | None:

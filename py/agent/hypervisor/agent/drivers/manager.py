@@ -177,6 +177,10 @@ class Manager:
         seen = self._instances.book.newest(instance_id)
         return seen if seen is not None else await self._drivers.named(entry.driver).get(instance_id)
 
+    def known(self) -> frozenset[str]:
+        """Ids of all instances of the node, seen or not."""
+        return frozenset(slot.instance_id for slot in self._instances.slots() if slot.entry is not None)
+
     # -- the rules ---------------------------------------------------------------------------------------------
 
     async def _create_again(self, slot: Slot, ref: InstanceRef, *, start: bool) -> Observation:

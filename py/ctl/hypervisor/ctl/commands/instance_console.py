@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+from pathlib import Path
 
 import click
 
@@ -10,6 +11,8 @@ from hypervisor.core.errors import Unavailable
 from hypervisor.ctl import quantities
 from hypervisor.ctl.console.attach import End, Ending, Request, attach
 from hypervisor.ctl.console.escape import describe_escape, parse_escape
+from hypervisor.ctl.console.recording import Recorder
+from hypervisor.ctl.console.since import parse_since
 from hypervisor.ctl.console.terminal import Ended, raw_mode, size_of
 from hypervisor.ctl.invocation import Invocation, pass_invocation
 from hypervisor.ctl.options import DURATION, NAME, connected, project_option, quietly
@@ -24,8 +27,12 @@ __all__ = ["console"]
 @click.option(
     "--replay",
     metavar="SIZE",
-    default="all",
     help="Past output to show first: all that is kept (the default), none, or a size such as 16KiB.",
+)
+@click.option(
+    "--since",
+    metavar="WHEN",
+    help="Past output to show first, from then on: 5m (so far back), a time such as 2026-01-31T12:00Z, or @POSITION.",
 )
 @click.option(
     "--escape",
@@ -44,6 +51,18 @@ __all__ = ["console"]
     metavar="COLUMNSxROWS",
     help="Size to tell the instance, such as 100x30. Default: that of the terminal, if there is one.",
 )
+@click.option(
+    "--fixed-size",
+    is_flag=True,
+    help="Keep that size while attached, whatever the windows of other viewers are.",
+)
+@click.option(
+    "--record",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Record what is shown as an asciicast (version 2) in a new file, for 'asciinema play'. What is typed is not "
+    "recorded.",
+)
 @project_option
 @quietly
 @connected
@@ -53,10 +72,13 @@ def console(
     *,
     instance: str,
     read_only: bool,
-    replay: str,
+    replay: str | None,
+    since: str | None,
     escape: str,
     until_idle: float | None,
     size: str | None,
+    fixed_size: bool,
+    record: Path | None,
     project: str,
 ) -> None:
     """Attach to the terminal of an instance. Ctrl-] leaves it; the instance goes on.
@@ -68,13 +90,19 @@ def console(
     end the command: it goes on until the console closes, or, with --until-idle, until nothing comes any more.
     """
     key = parse_escape(escape)
-    replay_bytes = quantities.replay_bytes("--replay", replay)
+    if since is not None and replay is not None:
+        raise click.UsageError("--since and --replay do not go together")
+    replay_bytes = quantities.replay_bytes("--replay", "all" if replay is None else replay)
     keyboard = sys.stdin.fileno()
     on_terminal = os.isatty(keyboard)
     if on_terminal and until_idle is not None and not read_only:
         raise click.UsageError("--until-idle is for input that ends: it does not go with a keyboard")
     screen = next((fd for fd in (sys.stdout.fileno(), keyboard) if size_of(fd) is not None), None)
     # A keyboard is read even with --read-only, for the escape alone.
+    wanted = None if size is None else quantities.columns_and_rows("--size", size)
+    if fixed_size and wanted is None and screen is None:
+        raise click.UsageError("--fixed-size needs a size: there is no terminal, so give --size")
+    recorder = _recorder(record, instance, wanted or (None if screen is None else size_of(screen)))
     request = Request(
         instance=instance,
         project=project,
@@ -83,7 +111,10 @@ def console(
         input=keyboard if on_terminal or not read_only else None,
         output=sys.stdout.fileno(),
         terminal=screen,
-        size=None if size is None else quantities.columns_and_rows("--size", size),
+        size=wanted,
+        since=None if since is None else parse_since("--since", since),
+        fixed_size=fixed_size and not read_only,
+        recorder=recorder,
         escape=key if on_terminal else b"",
         until_idle_s=until_idle,
         greeting=_greeting(instance, key) if on_terminal and not invocation.quiet else "",
@@ -101,7 +132,14 @@ def console(
             ending = attach(session, request, say=say)
     except Ended as exc:
         raise click.exceptions.Exit(128 + exc.number) from exc
+    finally:
+        if recorder is not None:
+            recorder.close()
     _tell(invocation, instance, ending, on_terminal=on_terminal)
+
+
+def _recorder(path: Path | None, instance: str, size: tuple[int, int] | None) -> Recorder | None:
+    return None if path is None else Recorder(path, size=size, title=f"console of {instance}")
 
 
 def _greeting(instance: str, escape: bytes) -> str:

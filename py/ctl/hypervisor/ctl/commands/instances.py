@@ -20,6 +20,7 @@ __all__ = ["instance"]
         "delete": Place("instance_actions:delete", "Remove instances and everything they use."),
         "stats": Place("instance_stats:stats", "Show what an instance uses."),
         "console": Place("instance_console:console", "Attach to the terminal of an instance."),
+        "logs": Place("instance_logs:logs", "Print what an instance printed on its console."),
     },
 )
 def instance() -> None:

@@ -17,6 +17,8 @@ from enum import Enum
 
 from hypervisor.core.errors import HypervisorError, Unavailable
 from hypervisor.ctl.console.escape import split_at_escape
+from hypervisor.ctl.console.recording import Recorder
+from hypervisor.ctl.console.since import Since
 from hypervisor.ctl.console.terminal import Wakeups, size_of, write_all
 from hypervisor.ctl.session import Session, translated
 from hypervisor.v1.instance_pb2 import ConsoleInput, ConsoleOutput
@@ -25,6 +27,8 @@ __all__ = ["End", "Ending", "Request", "attach"]
 
 _CHUNK = 32 * 1024
 _QUEUED = 64
+_WINDOW = 256 << 10
+"""Output on its way to us at most; more is asked for as our terminal takes it."""
 _CLOSE_S = 5.0
 _LEAVE_S = 0.25
 
@@ -49,6 +53,12 @@ class Request:
     """End after this long without output, once the input has ended (or where there is none)."""
     greeting: str
     """Said once attached, before any output; empty: nothing is."""
+    since: Since | None = None
+    """Where past output begins, in place of ``replay_bytes``."""
+    fixed_size: bool = False
+    """Whether our size stays while we are attached."""
+    recorder: Recorder | None = None
+    """Gets all that is shown; the caller closes it."""
 
 
 class End(Enum):
@@ -94,18 +104,11 @@ class _Attachment:
         self._ending: Ending | None = None
         self._error: BaseException | None = None
         self._last_output = time.monotonic()
+        self._shown = 0
+        """Bytes shown since credit was granted last."""
 
     def run(self) -> Ending:
-        opening = ConsoleInput(
-            open=ConsoleInput.Open(
-                instance=self._request.instance,
-                project=self._request.project,
-                read_only=self._request.read_only,
-                replay_bytes=self._request.replay_bytes,
-                size=self._size(),
-            )
-        )
-        self._outgoing.put(opening)
+        self._outgoing.put(ConsoleInput(open=self._opening()))
         responses = self._session.compute.AttachConsole(self._sent(), metadata=self._session.metadata)
         reader = threading.Thread(target=self._read, args=(responses,), name="console-output", daemon=True)
         reader.start()
@@ -124,6 +127,28 @@ class _Attachment:
         if self._ending is not None:
             return self._ending
         raise Unavailable("the console ended without saying why: attach again", reason="CONSOLE_LOST")
+
+    def _opening(self) -> ConsoleInput.Open:
+        request = self._request
+        opening = ConsoleInput.Open(
+            instance=request.instance,
+            project=request.project,
+            read_only=request.read_only,
+            replay_bytes=request.replay_bytes,
+            size=self._size(),
+            window_bytes=_WINDOW,
+        )
+        if request.fixed_size:
+            opening.resize_policy = ConsoleInput.RESIZE_POLICY_FIXED
+        since = request.since
+        if since is not None:
+            if since.ago is not None:
+                opening.replay_since.CopyFrom(since.ago)
+            elif since.time is not None:
+                opening.replay_from_time.CopyFrom(since.time)
+            elif since.position is not None:
+                opening.replay_from_position = since.position
+        return opening
 
     def _let_go(self, reader: threading.Thread) -> None:
         """End our side in order, so that what was typed just before the escape arrives: briefly, then by force."""
@@ -159,15 +184,17 @@ class _Attachment:
                     self._last_output = time.monotonic()
                     kind = message.WhichOneof("output")
                     if kind == "data":
-                        write_all(self._request.output, message.data)
+                        self._show(message.data)
                     elif kind == "opened":
                         self._opened.set()
                         if self._request.greeting:
                             self._say(self._request.greeting)
                     elif kind == "skipped":
-                        self._say(
+                        self._remark(
                             f"[{message.skipped.bytes} bytes of output were skipped: this viewer was too slow]"
                         )
+                    elif kind == "notice":
+                        self._remark(f"[{message.notice.message}]")
                     elif kind == "closed":
                         closed = message.closed
                         code = closed.exit_code if closed.HasField("exit_code") else None
@@ -185,6 +212,21 @@ class _Attachment:
         finally:
             self._over.set()
             self._wakeups.wake()
+
+    def _show(self, data: bytes) -> None:
+        write_all(self._request.output, data)
+        if self._request.recorder is not None:
+            self._request.recorder.output(data)
+        self._shown += len(data)
+        # Only what our terminal has taken is asked for again, and not for each keystroke's echo.
+        if self._shown >= _WINDOW // 4:
+            self._send(ConsoleInput(credit=self._shown))
+            self._shown = 0
+
+    def _remark(self, text: str) -> None:
+        self._say(text)
+        if self._request.recorder is not None:
+            self._request.recorder.marker(text)
 
     def _serve(self) -> Ending | None:
         """Hand on keys and sizes until somebody ends it; None: the other side did, or failed."""
@@ -229,5 +271,9 @@ class _Attachment:
 
     def _send_size(self) -> None:
         size = self._size()
-        if size is not None and not self._request.read_only:
+        if size is None:
+            return
+        if self._request.recorder is not None:
+            self._request.recorder.resize((size.width, size.height))
+        if not self._request.read_only:
             self._send(ConsoleInput(resize=size))

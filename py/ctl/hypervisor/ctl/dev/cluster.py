@@ -17,7 +17,7 @@ from hypervisor.ctl.dev.plan import Layout, Plan
 from hypervisor.ctl.dev.processes import terminate
 from hypervisor.ctl.dev.state import ClusterState, read_state, write_atomically
 from hypervisor.ctl.dev.supervisor import supervise
-from hypervisor.ctl.dev.sweep import sweep
+from hypervisor.ctl.dev.sweep import console_holders_of, sweep
 
 if TYPE_CHECKING:
     from hypervisor.ctl.session import Session
@@ -211,6 +211,12 @@ def stop(root: Path, *, say: Say) -> None:
             )
         Layout(root).state.unlink(missing_ok=True)
         say("Stopped.")
+    # It outlives agents on purpose, and its guests end with the cluster.
+    stubborn = terminate(console_holders_of(Layout(root).console_holder_socket), grace_s=5.0)
+    if stubborn:
+        raise FailedPrecondition(
+            f"the console holder does not end: process {stubborn[0].pid}", reason="DEV_CLUSTER_STUCK"
+        )
 
 
 def clear_leftovers(plan: Plan, *, say: Say) -> None:

@@ -50,6 +50,11 @@ class Layout:
     def containerd_socket(self) -> Path:
         return self.containerd / "containerd.sock"
 
+    @property
+    def console_holder_socket(self) -> Path:
+        """Where the agent's console holder listens: it is a process of its own, which the agent starts."""
+        return self.data("agent") / "console-holder.sock"
+
     def config(self, program: str) -> Path:
         """Configuration file of a program."""
         return self.root / "etc" / f"{program}.{'toml' if program == 'containerd' else 'yaml'}"

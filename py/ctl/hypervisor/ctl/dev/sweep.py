@@ -19,7 +19,7 @@ from hypervisor.ctl.dev.processes import (
     terminate,
 )
 
-__all__ = ["processes_in", "shims_of", "sweep"]
+__all__ = ["console_holders_of", "processes_in", "shims_of", "sweep"]
 
 _CGROUPS = Path("/sys/fs/cgroup")
 
@@ -30,6 +30,16 @@ def shims_of(socket: str) -> list[ProcessId]:
     for process in every_process():
         words = command_line(process)
         if words and Path(words[0]).name.startswith("containerd-shim") and socket in words:
+            found.append(process)
+    return found
+
+
+def console_holders_of(socket: Path) -> list[ProcessId]:
+    """Console holders that listen there: their command line names the socket."""
+    found = []
+    for process in every_process():
+        words = command_line(process)
+        if "--socket" in words[:-1] and words[words.index("--socket") + 1] == str(socket):
             found.append(process)
     return found
 

@@ -1,4 +1,4 @@
-"""ComputeService.AttachConsole: joins a viewer's stream to the console session of the agent.
+"""ComputeService.AttachConsole and GetInstanceLogs: joins a viewer's stream to the console session of the agent.
 
 Flow control goes through: bytes are read from one side only when the other has taken those before.
 """
@@ -8,13 +8,25 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 from hypervisor.core.errors import FailedPrecondition, HypervisorError, InvalidArgument
-from hypervisor.core.model import ConsoleSize
-from hypervisor.server.agents import ConsoleClosed, ConsoleData, ConsoleOpened, ConsoleSkipped
-from hypervisor.server.api.instance_requests import console_size, ref_of
+from hypervisor.server.agents import (
+    ConsoleClosed,
+    ConsoleData,
+    ConsoleNotice,
+    ConsoleOpened,
+    ConsoleSkipped,
+)
+from hypervisor.server.api.instance_requests import ref_of
 from hypervisor.server.api.rpc import Call, Handler
 from hypervisor.server.api.violations import Violations
 from hypervisor.server.services import ConsoleEvent, ConsoleSession, Instances
 from hypervisor.v1 import instance_pb2
+from hypervisor.wire.consoles import (
+    console_options_from_wire,
+    console_size_from_wire,
+    credit_from_wire,
+    log_options_from_wire,
+    log_piece_to_wire,
+)
 
 __all__ = ["ConsoleHandlers"]
 
@@ -33,8 +45,8 @@ class ConsoleHandlers:
 
     @property
     def handlers(self) -> dict[str, Handler]:
-        """AttachConsole."""
-        return {"AttachConsole": self.attach}
+        """AttachConsole and GetInstanceLogs."""
+        return {"AttachConsole": self.attach, "GetInstanceLogs": self.logs}
 
     async def attach(
         self, requests: AsyncIterator[instance_pb2.ConsoleInput], call: Call
@@ -42,11 +54,12 @@ class ConsoleHandlers:
         opening = await _first(requests)
         wrong = Violations()
         ref = ref_of(opening, prefix="open.", wrong=wrong)
-        size = console_size("open.size", opening.size, wrong) if opening.HasField("size") else None
+        try:
+            options = console_options_from_wire(opening)
+        except InvalidArgument as exc:
+            wrong.extend(*exc.violations)
         wrong.check()
-        session = await self._instances.attach_console(
-            ref, call.caller, read_only=opening.read_only, replay_bytes=opening.replay_bytes, size=size
-        )
+        session = await self._instances.attach_console(ref, call.caller, options)
         typing = _Typing(requests, session, read_only=opening.read_only)
         # Owned here and awaited below: a task group would cancel this generator while its caller holds it.
         typing_task = asyncio.create_task(typing.run(), name=f"console-input-{call.request_id}")
@@ -67,6 +80,21 @@ class ConsoleHandlers:
             typing_task.result()
         if typing.error is not None:
             raise typing.error
+
+    async def logs(
+        self, request: instance_pb2.GetInstanceLogsRequest, call: Call
+    ) -> AsyncIterator[instance_pb2.InstanceLogChunk]:
+        """GetInstanceLogs: what the agent has, as it comes."""
+        wrong = Violations()
+        ref = ref_of(request, wrong=wrong)
+        try:
+            options = log_options_from_wire(request)
+        except InvalidArgument as exc:
+            wrong.extend(*exc.violations)
+        wrong.check()
+        async with aclosing(self._instances.logs(ref, call.caller, options)) as pieces:
+            async for piece in pieces:
+                yield log_piece_to_wire(piece)
 
 
 class _Typing:
@@ -106,23 +134,22 @@ class _Typing:
         kind = request.WhichOneof("input")
         if kind == "open":
             raise InvalidArgument.of_field("open", "may only be sent once, as the first message")
-        if self._read_only and kind is not None:
+        if kind == "credit":
+            await self._session.grant(credit_from_wire(request.credit))
+        elif self._read_only and kind is not None:
             raise FailedPrecondition(
                 "this console was opened read_only: attach again without it to type or resize",
                 reason="CONSOLE_READ_ONLY",
                 metadata={"field": kind},
             )
-        if kind == "data":
+        elif kind == "data":
             if len(request.data) > MAX_DATA_BYTES:
                 raise InvalidArgument.of_field(
                     "data", f"is {len(request.data)} bytes long: send at most {MAX_DATA_BYTES} in a message"
                 )
             await self._session.send(request.data)
         elif kind == "resize":
-            wrong = Violations()
-            size: ConsoleSize = console_size("resize", request.resize, wrong)
-            wrong.check()
-            await self._session.resize(size)
+            await self._session.resize(console_size_from_wire(request.resize, "resize"))
 
 
 async def _first(requests: AsyncIterator[instance_pb2.ConsoleInput]) -> instance_pb2.ConsoleInput.Open:
@@ -147,11 +174,17 @@ def _messages(event: ConsoleEvent) -> tuple[instance_pb2.ConsoleOutput, ...]:
             return tuple(_Output(data=event.data[at : at + MAX_DATA_BYTES]) for at in pieces)
         case ConsoleOpened():
             opened = _Output.Opened(
-                instance_id=event.instance_id, replay_bytes=event.replay_bytes, resizable=event.resizable
+                instance_id=event.instance_id,
+                replay_bytes=event.replay_bytes,
+                resizable=event.resizable,
+                position=event.position,
             )
             return (_Output(opened=opened),)
         case ConsoleSkipped():
             return (_Output(skipped=_Output.Skipped(bytes=event.byte_count)),)
+        case ConsoleNotice():
+            notice = _Output.Notice(reason=event.reason, message=event.message, position=event.position)
+            return (_Output(notice=notice),)
         case ConsoleClosed():
             closed = _Output.Closed(reason=event.reason)
             if event.exit_code is not None:

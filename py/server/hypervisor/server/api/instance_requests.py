@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from hypervisor.core.ids import is_id
-from hypervisor.core.model import ConsoleSize
+from hypervisor.core.model import InstanceSpec
 from hypervisor.core.names import check_dns_label, check_labels, shorten
 from hypervisor.core.states import DesiredState, InstanceType
 from hypervisor.server.api.placement_requests import check_placement
@@ -18,7 +18,6 @@ from hypervisor.wire.instances import spec_from_wire
 __all__ = [
     "InstanceRequest",
     "VersionedRequest",
-    "console_size",
     "draft_of",
     "draft_of_instance",
     "read_ref_of",
@@ -81,6 +80,7 @@ InstanceRequest = (
     | compute_pb2.GetInstanceStatsRequest
     | compute_pb2.WatchInstanceStatsRequest
     | instance_pb2.ConsoleInput.Open
+    | instance_pb2.GetInstanceLogsRequest
 )
 """Requests that name one instance that exists."""
 
@@ -281,11 +281,3 @@ def stats_spans(request: compute_pb2.WatchInstanceStatsRequest, wrong: Violation
     if request.HasField("interval"):
         interval_s = wrong.seconds("interval", request.interval, at_least=0.1, at_most=MAX_INTERVAL_S)
     return interval_s, wrong.seconds("history", request.history, at_least=0.0, at_most=MAX_HISTORY_S)
-
-
-def console_size(field: str, size: instance_pb2.ConsoleInput.Resize, wrong: Violations) -> ConsoleSize:
-    """The size of a viewer's terminal."""
-    return ConsoleSize(
-        wrong.whole(f"{field}.width", size.width, low=1, high=10_000),
-        wrong.whole(f"{field}.height", size.height, low=1, high=10_000),
-    )

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from termios import FIONREAD
 
+from hypervisor.agent.drivers.driver import ConsoleEndpoint
 from hypervisor.core.errors import FailedPrecondition
 from hypervisor.core.model import ConsoleSize
 
@@ -113,7 +114,7 @@ class ConsoleFifos:
 
 
 class FifoConsole:
-    """One attachment; implements the ``Console`` contract."""
+    """One attachment; implements the ``EndpointConsole`` contract."""
 
     def __init__(
         self,
@@ -137,6 +138,10 @@ class FifoConsole:
     def resizable(self) -> bool:
         """A container always has a terminal."""
         return True
+
+    def endpoint(self) -> ConsoleEndpoint:
+        """The two FIFOs."""
+        return ConsoleEndpoint(output=self._reader, input=self._writer)
 
     async def read(self, limit: int = 65536) -> bytes:
         """The next output; empty once the container has ended and all was read, or after ``close``."""

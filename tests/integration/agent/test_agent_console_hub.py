@@ -1,21 +1,36 @@
-"""A console hub over consoles that misbehave, without gRPC."""
+"""A console hub over consoles that misbehave, and a real console holder, without gRPC."""
 
 import asyncio
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
 from hvtest_agent_waiting import until, within
-from hypervisor.agent.console import ConsoleHub, Data, End, Ended, Output, Viewer
+from hypervisor.agent.console import ConsoleHub, ConsoleLimits
+from hypervisor.agent.console_holder import protocol
+from hypervisor.agent.console_holder.client import HolderClient
+from hypervisor.agent.console_holder.launching import EmbeddedHolder
+from hypervisor.agent.console_items import Data, End, Ended, Output, Skipped
+from hypervisor.agent.console_viewer import OWN_WINDOW_BYTES, Viewer
 from hypervisor.core.clock import SystemClock
-from hypervisor.core.errors import FailedPrecondition, HypervisorError, Unavailable, Unimplemented
+from hypervisor.core.consoles import MAX_WINDOW_BYTES, ConsoleOptions
+from hypervisor.core.errors import (
+    FailedPrecondition,
+    HypervisorError,
+    InvalidArgument,
+    Unavailable,
+    Unimplemented,
+)
 from hypervisor.core.model import ConsoleSize, Observation
 from hypervisor.core.states import InstanceStatus
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
+MUCH = b"x" * (1 << 20)
+"""More than all buffers between a viewer and its guest hold."""
 
 
 class Terminal:
@@ -27,6 +42,7 @@ class Terminal:
         self.sizes: list[ConsoleSize] = []
         self.closed = 0
         self.input_ended = False
+        self.takes_at_once = 1
         self.takes_input = asyncio.Event()
         self.takes_input.set()
 
@@ -41,12 +57,12 @@ class Terminal:
         return item
 
     async def write(self, data: bytes) -> None:
-        for byte in data:
+        for at in range(0, len(data), self.takes_at_once):
             await self.takes_input.wait()
             if self.input_ended:
                 raise FailedPrecondition("the console has ended", reason="CONSOLE_ENDED")
             await asyncio.sleep(0)
-            self.typed += bytes((byte,))
+            self.typed += data[at : at + self.takes_at_once]
 
     async def resize(self, size: ConsoleSize) -> None:
         self.sizes.append(size)
@@ -58,16 +74,24 @@ class Terminal:
 class Node:
     """A hub, and the consoles its instance had."""
 
-    def __init__(self) -> None:
+    def __init__(self, directory: Path) -> None:
         self.terminals: list[Terminal] = []
         self.refuse: list[HypervisorError] = []
+        self.holder = HolderClient(
+            EmbeddedHolder(directory), clock=SystemClock(), rng=random.Random(1), on_event=self._event
+        )
         self.hub = ConsoleHub(
             "i-1",
             attach=self._attach,
+            holder=self.holder,
+            limits=ConsoleLimits(scrollback_bytes=4096, log_bytes=64 << 10, log_files=2),
             clock=SystemClock(),
             rng=random.Random(1),
-            scrollback_bytes=4096,
         )
+
+    def _event(self, event: protocol.Event) -> None:
+        assert isinstance(event, protocol.RunEnded), event
+        self.hub.run_ended(event.run, event.position)
 
     async def _attach(self, _: str) -> Terminal:
         if self.refuse:
@@ -100,13 +124,20 @@ class Node:
 
 
 @pytest.fixture
-async def node() -> AsyncIterator[Node]:
-    node = Node()
+async def node(tmp_path: Path) -> AsyncIterator[Node]:
+    node = Node(tmp_path)
+    holding = asyncio.ensure_future(node.holder.run())
     task = asyncio.ensure_future(node.hub.run())
     yield node
-    task.cancel()
-    await asyncio.wait({task})
-    assert task.cancelled(), task
+    for ending in (task, holding):
+        ending.cancel()
+        await asyncio.wait({ending})
+        assert ending.cancelled(), ending
+
+
+async def _until_printed(node: Node, count: int) -> None:
+    while (await node.hub.open()).end < count:  # noqa: ASYNC110 - the holder tells nobody
+        await asyncio.sleep(0)
 
 
 @asynccontextmanager
@@ -135,17 +166,18 @@ async def test_output_is_drained_without_viewers(node: Node) -> None:
     for _ in range(100):
         terminal.output.put_nowait(b"x" * 1000)
 
-    await until(lambda: node.hub.ring.end == 100_000, what="all output is taken")
+    await within(_until_printed(node, 100_000), what="all output is taken")
 
 
 async def test_whole_writes_of_several_writers_do_not_mix(node: Node) -> None:
     node.runs()
     terminal = await node.terminal()
     async with (
-        node.hub.view(replay_bytes=0, read_only=False) as one,
-        node.hub.view(replay_bytes=0, read_only=False) as two,
+        node.hub.view(ConsoleOptions()) as one,
+        node.hub.view(ConsoleOptions()) as two,
     ):
         await asyncio.gather(one.write(b"aaaaaaaa"), two.write(b"bbbbbbbb"), one.write(b"cccccccc"))
+        await until(lambda: len(terminal.typed) == 24, what="all is typed")
 
     assert {terminal.typed[n : n + 8] for n in (0, 8, 16)} == {b"aaaaaaaa", b"bbbbbbbb", b"cccccccc"}
 
@@ -154,22 +186,25 @@ async def test_a_guest_that_takes_no_input_holds_up_no_output(node: Node) -> Non
     node.runs()
     terminal = await node.terminal()
     terminal.takes_input.clear()
-    async with node.hub.view(replay_bytes=0, read_only=False) as viewer, _seeing(viewer) as items:
-        writing = asyncio.ensure_future(viewer.write(b"stuck"))
+    terminal.takes_at_once = 64 << 10
+    async with node.hub.view(ConsoleOptions()) as viewer, _seeing(viewer) as items:
+        writing = asyncio.ensure_future(viewer.write(MUCH))
         terminal.output.put_nowait(b"alive")
 
         await until(lambda: _text(items) == b"alive", what="output goes on")
+        await until(lambda: node.hub._writing.locked(), what="the write waits")
         writing.cancel()
         await asyncio.wait({writing})
         terminal.takes_input.set()
         await within(viewer.write(b"y"), what="others may type after a writer left")
-    assert terminal.typed.endswith(b"y")
+        await until(lambda: terminal.typed.endswith(b"y"), what="what they type arrives")
+    assert len(terminal.typed) < len(MUCH)
 
 
 async def test_a_console_that_fails_is_attached_anew_and_viewers_stay(node: Node) -> None:
     node.runs()
     terminal = await node.terminal()
-    async with node.hub.view(replay_bytes=0, read_only=False) as viewer, _seeing(viewer) as items:
+    async with node.hub.view(ConsoleOptions()) as viewer, _seeing(viewer) as items:
         terminal.output.put_nowait(b"before ")
         terminal.output.put_nowait(ZeroDivisionError("a driver's defect"))
         second = await within(_second(node), what="the hub attaches again", timeout_s=10.0)
@@ -183,10 +218,64 @@ async def _second(node: Node) -> Terminal:
     return await node.terminal(1)
 
 
+@pytest.mark.parametrize("window", [0, 10_000])
+async def test_a_viewer_that_takes_nothing_holds_little_and_costs_nobody_anything(
+    node: Node, window: int
+) -> None:
+    total = 5 + (64 << 16)
+    node.runs()
+    terminal = await node.terminal()
+    async with (
+        node.hub.view(ConsoleOptions(window_bytes=window)) as stuck,
+        node.hub.view(ConsoleOptions()) as quick,
+        _seeing(quick) as items,
+    ):
+        output = stuck.output()
+        terminal.output.put_nowait(b"first")
+        assert await anext(output) == Data(b"first")
+        held = 0
+        for _ in range(64):
+            terminal.output.put_nowait(b"x" * 65536)
+            held = max(held, stuck.waiting_bytes)
+            await asyncio.sleep(0)
+        await within(_until_printed(node, total), what="the guest is not held up")
+        await until(lambda: _passed(items) == total, what="the other viewer gets on")
+
+        held = max(held, stuck.waiting_bytes)
+        following = await anext(output)
+
+    assert 0 < held <= (window or OWN_WINDOW_BYTES)
+    assert isinstance(following, Data)
+
+
+def _passed(items: list[Output]) -> int:
+    return sum(
+        len(item.data) if isinstance(item, Data) else item.count
+        for item in items
+        if isinstance(item, Data | Skipped)
+    )
+
+
+async def test_credit_is_what_a_viewer_with_a_window_gets(node: Node) -> None:
+    node.runs()
+    terminal = await node.terminal()
+    async with node.hub.view(ConsoleOptions(window_bytes=4)) as viewer, _seeing(viewer) as items:
+        terminal.output.put_nowait(b"0123456789")
+        await until(lambda: _text(items) == b"0123", what="the window is used")
+        viewer.grant(3)
+        await until(lambda: _text(items) == b"0123456", what="the credit is used")
+
+        with pytest.raises(InvalidArgument):
+            viewer.grant(MAX_WINDOW_BYTES + 1)
+    async with node.hub.view(ConsoleOptions()) as viewer:
+        with pytest.raises(InvalidArgument):
+            viewer.grant(1)
+
+
 async def test_viewers_end_with_the_exit_code_that_comes_after_the_last_output(node: Node) -> None:
     node.runs()
     terminal = await node.terminal()
-    async with node.hub.view(replay_bytes=0, read_only=False) as viewer, _seeing(viewer) as items:
+    async with node.hub.view(ConsoleOptions()) as viewer, _seeing(viewer) as items:
         terminal.output.put_nowait(b"bye")
         terminal.output.put_nowait(b"")
         await until(lambda: terminal.closed, what="the console is let go")
@@ -199,9 +288,9 @@ async def test_viewers_end_with_the_exit_code_that_comes_after_the_last_output(n
 async def test_what_is_typed_into_the_end_of_a_run_is_told_as_its_end(node: Node) -> None:
     node.runs()
     terminal = await node.terminal()
-    async with node.hub.view(replay_bytes=0, read_only=False) as viewer, _seeing(viewer) as items:
+    async with node.hub.view(ConsoleOptions()) as viewer, _seeing(viewer) as items:
         terminal.takes_input.clear()
-        writing = asyncio.ensure_future(viewer.write(b"too late"))
+        writing = asyncio.ensure_future(viewer.write(MUCH))
         await until(lambda: node.hub._writing.locked(), what="the write waits")
         terminal.input_ended = True
         terminal.takes_input.set()
@@ -219,16 +308,21 @@ async def test_what_is_typed_into_the_end_of_a_run_is_told_as_its_end(node: Node
 async def test_an_input_that_breaks_while_the_instance_runs_is_told_as_it_is(node: Node) -> None:
     node.runs()
     (await node.terminal()).input_ended = True
-    async with node.hub.view(replay_bytes=0, read_only=False) as viewer:
+    async with node.hub.view(ConsoleOptions()) as viewer:
         with pytest.raises(FailedPrecondition) as caught:
-            await viewer.write(b"x")
+            await within(_type_for_ever(viewer), what="the end of the input is told")
     assert caught.value.reason == "CONSOLE_ENDED"
+
+
+async def _type_for_ever(viewer: Viewer) -> None:
+    while True:
+        await viewer.write(b"x")
 
 
 async def test_a_restart_keeps_viewers(node: Node) -> None:
     node.runs(0)
     first = await node.terminal()
-    async with node.hub.view(replay_bytes=0, read_only=False) as viewer, _seeing(viewer) as items:
+    async with node.hub.view(ConsoleOptions()) as viewer, _seeing(viewer) as items:
         first.output.put_nowait(b"one ")
         first.output.put_nowait(b"")
         node.runs(1)
@@ -243,11 +337,11 @@ async def test_a_viewer_that_comes_right_after_the_start_waits_for_the_attachmen
     node.runs()
 
     with pytest.raises(Unavailable):
-        async with node.hub.view(replay_bytes=0, read_only=False):
+        async with node.hub.view(ConsoleOptions()):
             await until(lambda: False, what="never")
     await node.terminal()
 
-    async with node.hub.view(replay_bytes=0, read_only=False) as viewer:
+    async with node.hub.view(ConsoleOptions()) as viewer:
         assert viewer.resizable
 
 
@@ -256,7 +350,7 @@ async def test_a_driver_without_consoles_says_so(node: Node) -> None:
     node.runs()
 
     with pytest.raises(Unimplemented):
-        async with node.hub.view(replay_bytes=0, read_only=False):
+        async with node.hub.view(ConsoleOptions()):
             pass
 
 
@@ -266,12 +360,12 @@ async def test_a_stopped_instance_has_no_console_and_a_started_one_has(node: Nod
     node.ended(0)
 
     with pytest.raises(FailedPrecondition) as caught:
-        async with node.hub.view(replay_bytes=0, read_only=False):
+        async with node.hub.view(ConsoleOptions()):
             pass
 
     assert caught.value.reason == "NOT_RUNNING"
     node.runs(1)
-    async with node.hub.view(replay_bytes=0, read_only=False) as viewer:
+    async with node.hub.view(ConsoleOptions()) as viewer:
         assert viewer.resizable
 
 
@@ -282,13 +376,13 @@ async def test_output_of_a_run_that_ended_before_the_attachment_is_kept(node: No
     terminal.output.put_nowait(b"quick words")
     terminal.output.put_nowait(b"")
 
-    await until(lambda: node.hub.ring.end == len(b"quick words"), what="the output is taken")
+    await within(_until_printed(node, len(b"quick words")), what="the output is taken")
 
 
 async def test_all_viewers_are_let_go_at_the_agents_end(node: Node) -> None:
     node.runs()
     await node.terminal()
-    async with node.hub.view(replay_bytes=0, read_only=True) as viewer, _seeing(viewer) as items:
+    async with node.hub.view(ConsoleOptions(read_only=True)) as viewer, _seeing(viewer) as items:
         node.hub.end(End.DETACHED)
 
         await until(lambda: items, what="the viewer ends")
@@ -298,7 +392,7 @@ async def test_all_viewers_are_let_go_at_the_agents_end(node: Node) -> None:
 async def test_a_resize_reaches_the_terminal(node: Node) -> None:
     node.runs()
     terminal = await node.terminal()
-    async with node.hub.view(replay_bytes=0, read_only=False) as viewer:
+    async with node.hub.view(ConsoleOptions()) as viewer:
         await viewer.resize(ConsoleSize(100, 30))
 
     assert terminal.sizes == [ConsoleSize(100, 30)]
@@ -307,7 +401,7 @@ async def test_a_resize_reaches_the_terminal(node: Node) -> None:
 async def test_a_read_only_viewer_may_neither_type_nor_resize(node: Node) -> None:
     node.runs()
     terminal = await node.terminal()
-    async with node.hub.view(replay_bytes=0, read_only=True) as viewer:
+    async with node.hub.view(ConsoleOptions(read_only=True)) as viewer:
         for call in (viewer.write(b"x"), viewer.resize(ConsoleSize(1, 1))):
             with pytest.raises(FailedPrecondition) as caught:
                 await call
