@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from hypervisor.core.ids import is_id
-from hypervisor.core.model import InstanceSpec
 from hypervisor.core.names import check_dns_label, check_labels, shorten
 from hypervisor.core.states import DesiredState, InstanceType
 from hypervisor.server.api.placement_requests import check_placement
