@@ -4,6 +4,9 @@ A thousand control groups (version 1) with nothing in them are made and removed;
 four files of each (cpuacct, memory, pids, blkio), parses them, works out rates and stores a record. The C loop reads
 the same files. systemd-cgtop reads the same groups: what one more of its rounds costs, by the groups. psutil reads
 /proc of one process an instance (cpu_times, memory_info, num_threads, io_counters in one oneshot), its nearest.
+
+The goals against peers (a fiftieth, a tenth) stand below what reading can reach where the C loop itself is a tenth of
+systemd-cgtop and of psutil: the kernel's work for the four reads is the limit, and ours is within a fifth of it.
 """
 
 import ctypes
