@@ -1,4 +1,4 @@
-"""The sampler with the kernel's own control groups (version 1, the pressure of a hybrid, or version 2) and interfaces."""
+"""The sampler with the kernel's own control groups (v1, the pressure of a hybrid, or v2) and interfaces."""
 
 import os
 import subprocess
@@ -17,7 +17,15 @@ from hypervisor.ext.stats_sampler import Sources
 ROOT = Path("/sys/fs/cgroup")
 V1_CONTROLLERS = ("cpuacct", "cpu", "memory", "blkio", "pids")
 ONLY_V2 = (ROOT / "cgroup.controllers").is_file()
-SPIN = "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass\nprint(flush=True)\ninput()\n"
+SPIN = """
+import time
+input()
+end = time.process_time() + 0.3
+while time.process_time() < end:
+    pass
+print(flush=True)
+input()
+"""
 
 
 class Groups:
@@ -83,7 +91,7 @@ def _pressure_is_kept() -> bool:
 def test_what_a_process_uses_is_seen(make: SamplerType, groups: Groups) -> None:
     sources = groups.make("spinner")
     with subprocess.Popen(
-        [sys.executable, "-c", "input()\n" + SPIN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", SPIN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None

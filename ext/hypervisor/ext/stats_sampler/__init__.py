@@ -2,7 +2,6 @@
 
 :class:`Sampler` is described in ``_sampler_c.pyi``, its records in :class:`Record`, and which files are read in
 :class:`Sources`. ``implementation`` says which one is live (``native`` or ``python``); programs log it at start.
-``read_counters`` reads single files for callers that have no sampler.
 """
 
 import os
@@ -19,16 +18,13 @@ __all__ = [
     "Sampler",
     "Sources",
     "implementation",
-    "read_counters",
 ]
 
 if os.environ.get("HYPERVISOR_EXT_PURE") != "1":
-    from hypervisor.ext.stats_sampler._parser_c import read_counters
     from hypervisor.ext.stats_sampler._sampler_c import MAX_FILE_BYTES, Sampler
 
     implementation = "native"
 else:
-    from hypervisor.ext.stats_sampler._parser_py import read_counters
     from hypervisor.ext.stats_sampler._sampler_py import MAX_FILE_BYTES
     from hypervisor.ext.stats_sampler._sampler_py import Sampler as Sampler  # type: ignore[assignment]
 

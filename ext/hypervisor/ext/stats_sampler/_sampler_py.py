@@ -5,6 +5,7 @@ An instance is in a slot. A sample reads the files of one, works out rates, and 
 
 import errno
 import os
+import threading
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
@@ -137,6 +138,8 @@ class Sampler:
         self._serial = 0
         self._instances: dict[int, _Instance] = {}
         self._closed = False
+        self._lock = threading.Lock()
+        """Held while one instance's files, values and ring are changed or read."""
 
     def add(self, sources: Sources | None = None) -> int:
         files = [] if sources is None else open_files(sources)
@@ -152,15 +155,19 @@ class Sampler:
 
     def reopen(self, slot: int, sources: Sources | None = None) -> None:
         instance = self._instances[slot]
-        instance.reset([] if sources is None else open_files(sources))
+        files = [] if sources is None else open_files(sources)
+        with self._lock:
+            instance.reset(files)
 
     def remove(self, slot: int) -> None:
-        self._instances.pop(slot).reset([])
+        with self._lock:
+            self._instances.pop(slot).reset([])
 
     def close(self) -> None:
         self._closed = True
-        while self._instances:
-            self._instances.popitem()[1].reset([])
+        with self._lock:
+            while self._instances:
+                self._instances.popitem()[1].reset([])
 
     def __enter__(self) -> Self:
         return self
@@ -177,10 +184,10 @@ class Sampler:
         return sorted(self._instances)
 
     def gone(self) -> list[int]:
-        return [slot for slot in self.slots() if self._instances[slot].gone]
+        return sorted(one.serial for one in list(self._instances.values()) if one.gone)
 
     def open_files(self) -> int:
-        return sum(len(instance.files) for instance in self._instances.values())
+        return sum(len(instance.files) for instance in list(self._instances.values()))
 
     def sample(self, slot: int, now_monotonic_ns: int, now_wall_ns: int, *, everything: bool = False) -> bool:
         _check_times(now_monotonic_ns, now_wall_ns)
@@ -188,19 +195,15 @@ class Sampler:
 
     def sample_all(self, now_monotonic_ns: int, now_wall_ns: int) -> int:
         _check_times(now_monotonic_ns, now_wall_ns)
-        return sum(
-            self._sample(self._instances[slot], now_monotonic_ns, now_wall_ns, everything=False)
-            for slot in self.slots()
-        )
+        return self.sample_some(self.slots(), now_monotonic_ns, now_wall_ns)
 
     def sample_some(
         self, slots: Iterable[int], now_monotonic_ns: int, now_wall_ns: int, *, everything: bool = False
     ) -> int:
         _check_times(now_monotonic_ns, now_wall_ns)
+        found = [self._instances[slot] for slot in slots if slot in self._instances]
         return sum(
-            self._sample(self._instances[slot], now_monotonic_ns, now_wall_ns, everything=everything)
-            for slot in slots
-            if slot in self._instances
+            self._sample(instance, now_monotonic_ns, now_wall_ns, everything=everything) for instance in found
         )
 
     def store(self, slot: int, now_monotonic_ns: int, now_wall_ns: int, values: Mapping[str, int]) -> None:
@@ -215,19 +218,24 @@ class Sampler:
             if not 0 <= value <= UNLIMITED:
                 raise ValueError(f"{name} must be from 0 to 2^63 - 1")
             fresh[FIELD_INDEX[name]] = value
-        instance.values = fresh
-        self._finish(instance, now_monotonic_ns, now_wall_ns, set(range(VALUES)))
+        with self._lock:
+            instance.values = fresh
+            self._finish(instance, now_monotonic_ns, now_wall_ns, set(range(VALUES)))
 
     def latest(self, slot: int) -> Record | None:
         ring = self._instances[slot].ring
-        return ring[-1] if ring else None
+        with self._lock:
+            return ring[-1] if ring else None
 
     def history(
         self, slot: int, *, after_sequence: int = 0, since_monotonic_ns: int = 0, limit: int | None = None
     ) -> list[Record]:
+        ring = self._instances[slot].ring
+        with self._lock:
+            records = list(ring)
         found = [
             record
-            for record in self._instances[slot].ring
+            for record in records
             if record.sequence > after_sequence and record.monotonic_ns >= since_monotonic_ns
         ]
         return found if limit is None else found[max(0, len(found) - max(0, limit)) :]
@@ -237,8 +245,9 @@ class Sampler:
             if name not in Record._fields:
                 raise ValueError(f"a record has no field {name}")
         rows: list[tuple[int | float | None, ...]] = []
-        for slot in self.slots():
-            record = self.latest(slot)
+        for slot, instance in sorted(self._instances.items()):
+            with self._lock:
+                record = instance.ring[-1] if instance.ring else None
             if record is not None:
                 rows.append((slot, *(getattr(record, name) for name in fields)))
         return rows
@@ -248,7 +257,7 @@ class Sampler:
             if name not in FIELDS:
                 raise ValueError(f"there is no field {name} to add up")
         sums: list[int | float | None] = [None] * len(fields)
-        for instance in self._instances.values():
+        for instance in list(self._instances.values()):
             if instance.gone or not instance.ring:
                 continue
             for position, name in enumerate(fields):
@@ -259,6 +268,10 @@ class Sampler:
         return tuple(sums)
 
     def _sample(self, instance: _Instance, at: int, wall: int, *, everything: bool) -> bool:
+        with self._lock:
+            return self._sample_locked(instance, at, wall, everything=everything)
+
+    def _sample_locked(self, instance: _Instance, at: int, wall: int, *, everything: bool) -> bool:
         if not instance.files:
             return False
         slow = everything or instance.slow_at is None or at >= instance.slow_at

@@ -336,6 +336,26 @@ async def test_one_whose_figures_cannot_be_found_is_tried_again() -> None:
         assert node.stats.failures == 1
 
 
+async def test_one_that_cannot_be_found_for_long_is_tried_less_and_less() -> None:
+    async with running(Node()) as node:
+        node.locate_failure = Unavailable("the runtime is down", reason="DRIVER_UNAVAILABLE")
+        node.start("i-1")
+        tries = []
+        for _ in range(3):
+            before = len(node.located)
+            await node.clock.advance(60.0)
+            tries.append(len(node.located) - before)
+
+        node.stop("i-1")
+        before = len(node.located)
+        await node.clock.advance(120.0)
+
+        assert tries == sorted(tries, reverse=True)
+        assert tries[0] == 4, "at 0, 5, 15 and 35 s"
+        assert tries[-1] == 1
+        assert len(node.located) == before
+
+
 async def test_a_feed_that_hangs_is_not_asked_again_meanwhile_and_calls_say_so() -> None:
     async with running(Node()) as node:
         node.start("i-1")

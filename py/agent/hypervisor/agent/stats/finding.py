@@ -15,13 +15,15 @@ T = TypeVar("T")
 
 _AT_ONCE = 16
 _RETRY_S = 5.0
+_RETRY_AT_MOST_S = 60.0
 
 _log = structlog.get_logger(__name__)
 
 
 class Finder(Generic[T]):
     """Calls ``find`` for the instances that wait, :data:`_AT_ONCE` at a time. ``find`` raises HypervisorError; the
-    instance is then tried again after five seconds, unless it was :meth:`forget`-ed. On the event loop."""
+    instance is then tried again after five seconds, and after twice as long each time it fails again, up to a minute,
+    unless it was :meth:`forget`-ed. On the event loop."""
 
     def __init__(
         self,
@@ -35,6 +37,8 @@ class Finder(Generic[T]):
         self._failed = failed
         self._waiting: dict[str, None] = {}
         self._retry_at: dict[str, float] = {}
+        self._delays_s: dict[str, float] = {}
+        """How long was waited last, of those that have not been found since."""
         self._asking: dict[str, asyncio.Lock] = {}
         self._wake = asyncio.Event()
 
@@ -45,13 +49,16 @@ class Finder(Generic[T]):
         self._wake.set()
 
     def want_later(self, instance_id: str) -> None:
-        """Find it in five seconds."""
-        self._retry_at[instance_id] = self._clock.monotonic() + _RETRY_S
+        """Find it in five seconds, or later when that has failed before."""
+        delay_s = min(2 * self._delays_s.get(instance_id, _RETRY_S / 2), _RETRY_AT_MOST_S)
+        self._delays_s[instance_id] = delay_s
+        self._retry_at[instance_id] = self._clock.monotonic() + delay_s
 
     def forget(self, instance_id: str) -> None:
         """It need not be found any more."""
         self._waiting.pop(instance_id, None)
         self._retry_at.pop(instance_id, None)
+        self._delays_s.pop(instance_id, None)
 
     def look(self) -> None:
         """Take up what is to be tried again by now; called every now and then."""
@@ -65,7 +72,9 @@ class Finder(Generic[T]):
         lock = self._asking.setdefault(instance_id, asyncio.Lock())
         try:
             async with lock:
-                return await self._find(instance_id)
+                found = await self._find(instance_id)
+            self._delays_s.pop(instance_id, None)
+            return found
         finally:
             if not lock.locked() and self._asking.get(instance_id) is lock:
                 del self._asking[instance_id]
