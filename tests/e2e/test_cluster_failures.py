@@ -2,12 +2,13 @@
 
 import subprocess
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from hvtest_containerd import eventually
-from hvtest_programs import ProgramCluster
+from hvtest_programs import ProgramCluster, Result
 from hypervisor.v1 import operation_pb2
 
 SMALL = ("--cpu", "0.1", "--memory", "32MiB")
@@ -47,6 +48,68 @@ def test_a_killed_agent_leaves_containers_running_and_adopts_them(cluster: Progr
     assert int(cluster.must("instance", "stats", web, "-o", "json").json()["pids"]) >= 1
     cluster.must("instance", "restart", web, "--grace-period", "0s")
     assert task_pid(cluster) != pid
+
+
+@pytest.fixture
+def talker(cluster: ProgramCluster, image: str) -> Iterator[str]:
+    """A container that prints numbers without an end; yields its id."""
+    script = "i=0; while true; do i=$((i+1)); echo n $i; usleep 1000; done"
+    cluster.must("instance", "create", "talker", "--image", image, *SMALL, "--", "sh", "-c", script)
+    yield str(cluster.instance("talker")["id"])
+    cluster.wait_ready()
+    cluster.must("instance", "delete", "talker", "--force")
+    cluster.assert_nothing_left()
+
+
+def _numbers(cluster: ProgramCluster) -> list[int]:
+    # An agent that has just been started may not listen yet, and the server not have noticed.
+    done = eventually(lambda: (r := cluster.ctl("instance", "logs", "talker")).code == 0 and r, what="a log")
+    assert isinstance(done, Result)
+    # What follows the last line's end is a number that is not whole yet.
+    lines = done.out.split("\n")[:-1]
+    return [int(line.removeprefix("n ")) for line in lines]
+
+
+def _prints_on(cluster: ProgramCluster, talker: str) -> None:
+    """Return once it has printed more, and the node has kept it."""
+    wanted = cluster.console_log_end(talker) + 2000
+    eventually(lambda: cluster.console_log_end(talker) >= wanted, what="output is read and kept")
+
+
+def test_what_a_container_prints_while_its_agent_is_dead_is_not_lost(
+    cluster: ProgramCluster, talker: str
+) -> None:
+    _prints_on(cluster, talker)
+    (holder,) = cluster.console_holders()
+
+    cluster.agent.kill()
+    _prints_on(cluster, talker)
+    cluster.agent.start()
+    cluster.wait_ready()
+
+    before = _numbers(cluster)
+    assert before == list(range(1, len(before) + 1))
+    assert cluster.console_holders() == [holder]
+    assert _numbers(cluster)[: len(before)] == before
+
+
+def test_a_killed_console_holder_is_replaced_and_the_container_prints_on(
+    cluster: ProgramCluster, talker: str
+) -> None:
+    pid = task_pid(cluster)
+    _prints_on(cluster, talker)
+    (holder,) = cluster.console_holders()
+
+    subprocess.run(["kill", "-9", str(holder)], check=True)
+    eventually(lambda: cluster.console_holders() not in ([], [holder]), what="another holder is started")
+    _prints_on(cluster, talker)
+
+    numbers = _numbers(cluster)
+    gaps = [(a, b) for a, b in pairwise(numbers) if b != a + 1]
+    assert numbers[0] == 1
+    assert len(gaps) <= 1, gaps
+    assert all(b - a < 500 for a, b in gaps), "what was lost is what the holder had not written yet"
+    assert task_pid(cluster) == pid
 
 
 def test_an_exit_while_the_agent_was_away_is_found(cluster: ProgramCluster, image: str) -> None:

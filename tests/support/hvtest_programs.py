@@ -18,6 +18,7 @@ from typing import Any
 import grpc
 
 from hvtest_containerd import PrivateContainerd, eventually
+from hypervisor.agent.console_holder.launching import SOCKET, holders_of
 from hypervisor.v1 import cluster_pb2_grpc, compute_pb2_grpc, operation_pb2_grpc
 
 __all__ = ["Program", "ProgramCluster", "Result", "free_port", "unpack_release"]
@@ -205,7 +206,19 @@ class ProgramCluster:
             if program.running:
                 program.kill()
         self.containerd.end_everything()
+        # It outlives its agent on purpose.
+        for pid in self.console_holders():
+            os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.directory, ignore_errors=True)
+
+    def console_holders(self) -> list[int]:
+        """Processes that hold the node's consoles: one, but for moments."""
+        return holders_of(self.directory / "agent" / SOCKET)
+
+    def console_log_end(self, instance_id: str) -> int:
+        """Position up to which the node has an instance's output on disk."""
+        files = sorted((self.directory / "agent" / "consoles" / instance_id).glob("[0-9]*.log"))
+        return int(files[-1].stem) + files[-1].stat().st_size if files else 0
 
     def make_image(self, *, name: str = "busybox:test") -> Path:
         """An OCI archive of Debian's busybox-static, made by the command line, in a directory the agent may read."""

@@ -23,6 +23,7 @@ from hypervisor.ext.console_mux._viewers cimport close_viewer, pump, viewer_watc
 cdef enum:
     INPUT_QUEUE_BYTES = 65536
     INPUT_MUCH_ROOM = 32768
+    READS = 16                  # of one terminal in a row before it is another's turn
 
 
 cdef inline void say_room(Mux* mux, Console* console) noexcept nogil:
@@ -198,15 +199,25 @@ cdef inline void read_guest(Mux* mux, Console* console) noexcept nogil:
     """Read a piece straight into the ring."""
     cdef iovec pieces[2]
     cdef int64_t most = min(<int64_t>MAX_DATA_BYTES, console.ring.capacity)
-    cdef int64_t now_ns
-    cdef int count = ring_pieces(&console.ring, console.ring.end, most, pieces)
-    cdef ssize_t size = readv(console.read_fd, pieces, count)
-    if size <= 0:
+    cdef int64_t now_ns, got = 0
+    cdef int count, reads = 0
+    cdef ssize_t size = 0
+    # A pty gives little at a time: as long as it has more, epoll need not be asked in between.
+    while reads < READS and got < most:
+        count = ring_pieces(&console.ring, console.ring.end, most - got, pieces)
+        size = readv(console.read_fd, pieces, count)
+        if size <= 0:
+            break
+        console.ring.end += size
+        got += size
+        reads += 1
+        if not console.is_terminal:
+            break
+    if got == 0:
         if size < 0 and (errno == EAGAIN or errno == EINTR):
             return
         guest_gone(mux, console, errno if size < 0 else 0)
         return
-    console.ring.end += size
     changed_add(mux, console)
     now_ns = monotonic_ns()
     if (

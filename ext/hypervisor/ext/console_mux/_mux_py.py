@@ -98,7 +98,7 @@ class ConsoleMux:
             return tuple(self._loop.consoles)
 
     def changes(self) -> list[tuple[int, int]]:
-        """Return (console, end of its output) of those with output since the last call; costs nothing for the others."""
+        """Return (console, end of its output) of those with output since the last call; others cost nothing."""
         with self._lock:
             self._check()
             changed, self._loop.changed = self._loop.changed, set()
@@ -129,9 +129,11 @@ class ConsoleMux:
 
         The file before is closed, after the write that may be under way. The new one goes on where that ended, the
         first one with the console's first byte, or at ``position`` when that is not negative (no later than the end);
-        returned is that position: what comes before it is in the file before, or in none. ``size`` is what the file holds already. When it has reached
-        ``limit_bytes`` (0: no limit) a ``LOG_FULL`` event says so, and writing goes on; the owner rotates. A disk that
-        is slower than the ring loses output, with a marker in the file. Waits for the disk, for one write at most."""
+        returned is that position: what comes before it is in the file before, or in none.
+
+        ``size`` is what the file holds already. When it has reached ``limit_bytes`` (0: no limit) a ``LOG_FULL`` event
+        says so, and writing goes on; the owner rotates. A disk that is slower than the ring loses output, with a marker
+        in the file. Waits for the disk, for one write at most."""
         if size < 0 or limit_bytes < 0 or position < -1:
             raise ValueError("sizes and positions are not negative")
         with self._lock:
@@ -293,7 +295,10 @@ class ConsoleMux:
 
 
 def _check_stream(fd: int) -> None:
-    with socket.socket(fileno=os.dup(fd)) as probe:
+    probe = socket.socket(fileno=fd)
+    try:
         if probe.type != socket.SOCK_STREAM:
             raise ValueError("a viewer is a stream socket")
         probe.getpeername()
+    finally:
+        probe.detach()
