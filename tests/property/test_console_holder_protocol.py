@@ -1,7 +1,7 @@
 """Packets between agent and console holder: whatever comes is a message or a ProtocolError, never anything else."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hypervisor.agent.console_holder import protocol
@@ -38,6 +38,7 @@ def test_any_bytes_are_a_request_or_an_error(data: bytes) -> None:
     assert protocol.decode_request(protocol.encode_request(number, request)) == (number, request)
 
 
+@example(b"\x91\xa5\x00\x00\x00\x00\x80")  # text that is not UTF-8
 @given(st.binary(max_size=200))
 def test_any_bytes_are_an_answer_or_an_error(data: bytes) -> None:
     try:

@@ -29,6 +29,7 @@ from hypervisor.core.errors import (
 from hypervisor.core.model import (
     AffinityTerm,
     Instance,
+    InstancesUsage,
     LabelConstraint,
     NodeResources,
     SpreadTerm,
@@ -180,7 +181,7 @@ async def test_the_less_busy_of_equal_nodes_is_taken() -> None:
             measured = NodeResources(
                 cpu_millis=4000, cpu_used_millis=used, memory_bytes=8 * GIB, disk_bytes=100 * GIB
             )
-            await plane.nodes.heartbeat(node.id, node.incarnation, measured, {})
+            await plane.nodes.heartbeat(node.id, node.incarnation, measured, {}, usage=InstancesUsage())
 
         assert await placed(plane, draft("web")) == "idle"
 

@@ -297,7 +297,7 @@ def decode_request(data: bytes) -> tuple[int, Request]:
     """Number and request. ProtocolError."""
     try:
         numbered = _requests.decode(data)
-    except (msgspec.DecodeError, RecursionError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise ProtocolError(f"this is no request: {exc}") from exc
     return numbered.number, numbered.request
 
@@ -306,7 +306,7 @@ def decode_answer(data: bytes) -> Answer:
     """Reply, refusal or event. ProtocolError."""
     try:
         return _answers.decode(data)
-    except (msgspec.DecodeError, RecursionError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise ProtocolError(f"this is no answer: {exc}") from exc
 
 
