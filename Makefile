@@ -35,6 +35,10 @@ test-fast: ## the tests and linters that need neither root nor containerd
 lint: ## ruff, mypy --strict, buildifier, shellcheck, buf
 	tools/test //tools/lint/...
 
+.PHONY: check-extensions
+check-extensions: ## run the tests of ext/ on a build with the address and undefined behaviour sanitizers (needs `make dev`)
+	tools/check_extensions
+
 .PHONY: format
 format: ## rewrite Python, BUILD and .bzl files in the style that `make lint` asks for
 	bazel run //tools/lint:ruff -- check --fix .
