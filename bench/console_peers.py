@@ -117,6 +117,15 @@ def _directory() -> Iterator[Path]:
         yield directory
 
 
+def _script(directory: Path, mode: str) -> Path:
+    """A program that is this one in that mode: for peers that start it with another environment."""
+    script = directory / mode
+    path = os.pathsep.join(sys.path)
+    script.write_text(f'#!/bin/sh\nPYTHONPATH={path} exec {ME[0]} {ME[1]} {mode} {directory} "$@"\n')
+    script.chmod(0o755)
+    return script
+
+
 def _go(directory: Path) -> None:
     (directory / "go").write_bytes(b"!")
 
@@ -164,11 +173,7 @@ def conmon() -> float:
     """Bytes per CPU-second of conmon."""
     wanted = output()
     with _directory() as directory:
-        script = directory / "runtime"
-        script.write_text(
-            f'#!/bin/sh\nPYTHONPATH={os.pathsep.join(sys.path)} exec {ME[0]} {ME[1]} runtime {directory} "$@"\n'
-        )
-        script.chmod(0o755)
+        script = _script(directory, "runtime")
         identity = f"peer-{os.getpid()}"
         command = [
             "conmon",
@@ -251,8 +256,7 @@ def shellinabox() -> float:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     with _directory() as directory:
-        command = " ".join([*ME, "guest", str(directory)])
-        service = f"/:{os.getuid()}:{os.getgid()}:{directory}:{command}"
+        service = f"/:{os.getuid()}:{os.getgid()}:{directory}:{_script(directory, 'guest')}"
         arguments = ["shellinaboxd", "-t", "-q", "--localhost-only", "--no-beep", "-p", str(port)]
         with _running(*arguments, "-s", service) as process:
             client = http.client.HTTPConnection("127.0.0.1", port, timeout=LIMIT_S)
