@@ -45,6 +45,7 @@ from hypervisor.core.states import (
 )
 from hypervisor.v1 import cluster_pb2, instance_pb2, node_pb2, operation_pb2
 from hypervisor.wire import enums, instances, nodes, operations, times
+from hypervisor.wire.consoles import console_data_to_wire
 from hypervisor.wire.stats import stats_from_wire, stats_to_wire, usage_from_wire, usage_to_wire
 
 _TEXT = st.text(alphabet=st.characters(exclude_categories=("Cs",)), max_size=20)
@@ -375,3 +376,9 @@ _INSTANCE = Instance(
     created_at=datetime(2030, 1, 1, tzinfo=UTC),
     updated_at=datetime(2030, 1, 1, tzinfo=UTC),
 )
+
+
+@pytest.mark.parametrize("size", [1, 127, 128, 16383, 16384, 65536])
+def test_encoded_console_data_is_what_the_message_encodes_to(size):
+    data = bytes(range(256)) * (size // 256) + bytes(size % 256)
+    assert console_data_to_wire(data) == instance_pb2.ConsoleOutput(data=data).SerializeToString()

@@ -22,6 +22,7 @@ from hypervisor.wire.times import datetime_of, duration_of, seconds_of, timestam
 
 __all__ = [
     "MAX_TAIL_LINES",
+    "console_data_to_wire",
     "console_options_from_wire",
     "console_options_to_wire",
     "console_size_from_wire",
@@ -36,8 +37,19 @@ MAX_TAIL_LINES = 1_000_000
 _MAX_SIDE = 10_000
 
 _Open = instance_pb2.ConsoleInput.Open
+_DATA_TAG = bytes([instance_pb2.ConsoleOutput.DATA_FIELD_NUMBER << 3 | 2])
 _FIXED = instance_pb2.ConsoleInput.RESIZE_POLICY_FIXED
 _POLICIES = frozenset(instance_pb2.ConsoleInput.ResizePolicy.values())
+
+
+def console_data_to_wire(data: bytes) -> bytes:
+    """A ConsoleOutput with ``data``, encoded: the bulk of a console, which a message object would copy once more."""
+    length, rest = bytearray(), len(data)
+    while rest > 0x7F:
+        length.append(rest & 0x7F | 0x80)
+        rest >>= 7
+    length.append(rest)
+    return b"".join((_DATA_TAG, length, data))
 
 
 def console_size_from_wire(size: instance_pb2.ConsoleInput.Resize, field: str) -> ConsoleSize:

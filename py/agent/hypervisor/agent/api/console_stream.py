@@ -13,6 +13,7 @@ from hypervisor.core.errors import HypervisorError, InvalidArgument, Unimplement
 from hypervisor.core.model import ConsoleSize
 from hypervisor.v1 import instance_pb2
 from hypervisor.wire.consoles import (
+    console_data_to_wire,
     console_options_from_wire,
     console_size_from_wire,
     credit_from_wire,
@@ -36,7 +37,7 @@ class ConsoleStreams:
 
     async def attach(
         self, requests: AsyncIterator[instance_pb2.ConsoleInput], _: Call
-    ) -> AsyncIterator[instance_pb2.ConsoleOutput]:
+    ) -> AsyncIterator[instance_pb2.ConsoleOutput | bytes]:
         """See ComputeService.AttachConsole; ``open.instance`` is an instance id."""
         opening = await _opening(requests)
         options = console_options_from_wire(opening)
@@ -138,10 +139,10 @@ async def _opening(requests: AsyncIterator[instance_pb2.ConsoleInput]) -> instan
     return first.open
 
 
-def _wire(item: Output) -> instance_pb2.ConsoleOutput:
+def _wire(item: Output) -> instance_pb2.ConsoleOutput | bytes:
     match item:
         case Data(data=data):
-            return instance_pb2.ConsoleOutput(data=data)
+            return console_data_to_wire(data)
         case Skipped(count=count):
             return instance_pb2.ConsoleOutput(skipped=instance_pb2.ConsoleOutput.Skipped(bytes=count))
         case Notice():

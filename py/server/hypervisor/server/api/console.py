@@ -21,6 +21,7 @@ from hypervisor.server.api.violations import Violations
 from hypervisor.server.services import ConsoleEvent, ConsoleSession, Instances
 from hypervisor.v1 import instance_pb2
 from hypervisor.wire.consoles import (
+    console_data_to_wire,
     console_options_from_wire,
     console_size_from_wire,
     credit_from_wire,
@@ -50,7 +51,7 @@ class ConsoleHandlers:
 
     async def attach(
         self, requests: AsyncIterator[instance_pb2.ConsoleInput], call: Call
-    ) -> AsyncIterator[instance_pb2.ConsoleOutput]:
+    ) -> AsyncIterator[instance_pb2.ConsoleOutput | bytes]:
         opening = await _first(requests)
         wrong = Violations()
         ref = ref_of(opening, prefix="open.", wrong=wrong)
@@ -167,11 +168,11 @@ async def _first(requests: AsyncIterator[instance_pb2.ConsoleInput]) -> instance
     return first.open
 
 
-def _messages(event: ConsoleEvent) -> tuple[instance_pb2.ConsoleOutput, ...]:
+def _messages(event: ConsoleEvent) -> tuple[instance_pb2.ConsoleOutput | bytes, ...]:
     match event:
         case ConsoleData():
             pieces = range(0, len(event.data), MAX_DATA_BYTES)
-            return tuple(_Output(data=event.data[at : at + MAX_DATA_BYTES]) for at in pieces)
+            return tuple(console_data_to_wire(event.data[at : at + MAX_DATA_BYTES]) for at in pieces)
         case ConsoleOpened():
             opened = _Output.Opened(
                 instance_id=event.instance_id,
