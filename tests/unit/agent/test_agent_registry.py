@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from hypervisor.agent.config import ContainerdSection
+from hypervisor.agent.config_machines import LibvirtSection, MachinesSection, MicrovmSection
 from hypervisor.agent.drivers.fake import FakeConfig, FakeDriver
 from hypervisor.agent.drivers.guard import DriverDeadlines
 from hypervisor.agent.drivers.registry import (
@@ -31,6 +32,9 @@ CONTEXT = DriverContext(
     data_dir=Path("/nonexistent"),
     containerd=ContainerdSection(),
     archive_roots=(),
+    machines=MachinesSection(),
+    libvirt=LibvirtSection(),
+    microvm=MicrovmSection(),
     options={},
 )
 

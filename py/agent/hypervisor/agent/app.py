@@ -277,6 +277,9 @@ def _make_drivers(settings: AgentSettings, *, clock: Clock, rng: random.Random, 
         data_dir=settings.agent.data_dir,
         containerd=settings.containerd,
         archive_roots=settings.images.archive_roots,
+        machines=settings.machines,
+        libvirt=settings.libvirt,
+        microvm=settings.microvm,
         options=settings.drivers.options,
     )
     deadlines = DriverDeadlines(

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import pydantic
 
+from hypervisor.agent.config_machines import LibvirtSection, MachinesSection, MicrovmSection
 from hypervisor.core.logging import LogFormat, LogLevel
 from hypervisor.core.names import check_hostname, check_labels
 from hypervisor.core.settings import Address, ByteSize, Duration, Section, Settings, split_address
@@ -252,12 +253,6 @@ class MetricsSection(Section):
         return address
 
 
-class LibvirtSection(Section):
-    """The driver of virtual machines, which is not in this version: it will find its key here."""
-
-    uri: str = pydantic.Field(default="qemu:///system", description="libvirt's connection URI.")
-
-
 class ContainerdSection(Section):
     """The container driver."""
 
@@ -360,7 +355,9 @@ class AgentSettings(Settings):
     agent: AgentSection = AgentSection()
     console: ConsoleSection = ConsoleSection()
     drivers: DriversSection = DriversSection()
+    machines: MachinesSection = MachinesSection()
     libvirt: LibvirtSection = LibvirtSection()
+    microvm: MicrovmSection = MicrovmSection()
     containerd: ContainerdSection = ContainerdSection()
     images: ImagesSection = ImagesSection()
     simulated: SimulatedSection = SimulatedSection()

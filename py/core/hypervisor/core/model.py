@@ -11,6 +11,7 @@ from typing import TypeVar
 import msgspec
 
 from hypervisor.core.errors import Internal
+from hypervisor.core.machines import CloudInit, MicrovmOptions, NetworkInterface, VmOptions
 from hypervisor.core.resources import GIB, MIB, ZERO, Resources
 from hypervisor.core.states import (
     DesiredState,
@@ -157,6 +158,10 @@ class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     affinity: tuple[AffinityTerm, ...] = ()
     anti_affinity: tuple[AffinityTerm, ...] = ()
     spread: tuple[SpreadTerm, ...] = ()
+    cloud_init: CloudInit | None = None
+    networks: tuple[NetworkInterface, ...] = ()
+    vm: VmOptions | None = None
+    microvm: MicrovmOptions | None = None
 
     @property
     def resources(self) -> Resources:
@@ -189,6 +194,7 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     epoch: int = 1
     operation_id: str = ""
     runtime: str = ""
+    runtime_reason: str = ""
     observed_sequence: int = 0
     transition_deadline: datetime | None = None
     """Past it the reconciler re-drives a transitional state."""
@@ -273,6 +279,8 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     started_at: datetime | None = None
     finished_at: datetime | None = None
     runtime: str = ""
+    runtime_reason: str = ""
+    """Why this runtime, where there was a choice."""
 
 
 class ConsoleSize(msgspec.Struct, frozen=True):

@@ -341,7 +341,7 @@ class ServerSettings(Settings):
     """Configuration of hypervisor-server."""
 
     foreign_sections: ClassVar[frozenset[str]] = frozenset(
-        {"agent", "node", "console", "drivers", "containerd", "libvirt"}
+        {"agent", "node", "console", "drivers", "containerd", "libvirt", "machines", "microvm"}
     )
 
     server: ServerSection = ServerSection()

@@ -59,8 +59,12 @@ VERBS = (
     "recover",
     "exit-events",
     "oom-events",
+    "pause",
+    "suspend",
+    "snapshot",
+    "snapshot-diff",
 )
-"""Verbs every driver lists in its capabilities, supported or not. Later versions add to them (pause, snapshot ...)."""
+"""Verbs every driver lists in its capabilities, supported or not: the last four need what :mod:`.powers` describes."""
 
 Handle = Mapping[str, str]
 

@@ -37,7 +37,10 @@ class FakeConfig:
 
     types: tuple[InstanceType, ...] = tuple(InstanceType)
     state_dir: Path | None = None
-    lacks: tuple[tuple[str, str], ...] = ()
+    lacks: tuple[tuple[str, str], ...] = tuple(
+        (verb, "the fake driver does not pretend this yet")
+        for verb in ("pause", "suspend", "snapshot", "snapshot-diff")
+    )
     action_s: float = 0.0
 
 

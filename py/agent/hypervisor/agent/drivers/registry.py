@@ -13,6 +13,7 @@ from pathlib import Path
 import structlog
 
 from hypervisor.agent.config import ContainerdSection
+from hypervisor.agent.config_machines import LibvirtSection, MachinesSection, MicrovmSection
 from hypervisor.agent.drivers.driver import VERBS, Driver
 from hypervisor.agent.drivers.fake import FakeConfig, FakeDriver
 from hypervisor.agent.drivers.guard import DriverDeadlines, GuardedDriver
@@ -40,6 +41,9 @@ class DriverContext:
     data_dir: Path
     containerd: ContainerdSection
     archive_roots: tuple[Path, ...]
+    machines: MachinesSection
+    libvirt: LibvirtSection
+    microvm: MicrovmSection
     options: Mapping[str, str]
 
 

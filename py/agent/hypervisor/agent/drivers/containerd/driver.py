@@ -52,6 +52,14 @@ _SHIM_OPENS_WITHIN_S = 1.0
 _IDENTIFIER = re.compile(r"[A-Za-z0-9]+([._-][A-Za-z0-9]+)*")
 _MAX_IDENTIFIER = 76
 
+_NO_STATE = "containerd keeps no memory or disk state of a container to go back to"
+_LACKS = {
+    "pause": "this driver does not freeze containers yet",
+    "suspend": _NO_STATE,
+    "snapshot": _NO_STATE,
+    "snapshot-diff": _NO_STATE,
+}
+
 _log = structlog.get_logger()
 
 
@@ -395,7 +403,10 @@ class ContainerdDriver:
             available=available,
             reason=reason,
             version=self._tracker.version,
-            capabilities=tuple(Capability(verb=verb, supported=True) for verb in VERBS),
+            capabilities=tuple(
+                Capability(verb=verb, supported=verb not in _LACKS, reason=_LACKS.get(verb, ""))
+                for verb in VERBS
+            ),
         )
 
     async def aclose(self) -> None:
