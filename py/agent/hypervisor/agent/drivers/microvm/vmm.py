@@ -2,13 +2,13 @@
 
 Vocabulary
 ----------
-*VMM*        a program that runs one guest in each of its processes: Firecracker, QEMU. A :class:`Vmm` object knows how to
-             call and control it; it keeps nothing of an instance, so that all of it works for another agent's instances.
+*VMM*        a program that runs one guest in each of its processes: Firecracker, QEMU. A :class:`Vmm` object knows how
+             to call and control it; it keeps nothing of an instance, so that it works for another agent's too.
 *machine*    all a VMM is told of one instance (:class:`Machine`). Paths of users are no part of it: the driver has
              checked and copied what they named.
-*root*       the directory that the VMM process has as its working directory (Firecracker's jail: as its ``/`` too), with
-             the machine's files under fixed names: :data:`KERNEL`, :data:`INITRD`, :data:`DISK`. What a VMM writes is
-             named relative to it, so that a saved state can be loaded in another root.
+*root*       the directory that the VMM process has as its working directory (Firecracker's jail: as its ``/`` too),
+             with the machine's files under fixed names: :data:`KERNEL`, :data:`INITRD`, :data:`DISK`. What a VMM
+             writes is named relative to it, so that a saved state can be loaded in another root.
 *run*        one process of a VMM, from its start to its end.
 *state*      memory and devices of a paused guest, in files of the VMM's own in one directory.
 
