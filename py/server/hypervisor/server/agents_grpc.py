@@ -13,7 +13,8 @@ from hypervisor.core.consoles import ConsoleOptions, LogOptions, LogPiece
 from hypervisor.core.errors import HypervisorError, Internal, Unavailable
 from hypervisor.core.grpc_errors import from_rpc_error
 from hypervisor.core.machines import Snapshot, SnapshotKind
-from hypervisor.core.model import Instance, InstanceStats, Node, Observation
+from hypervisor.core.model import Instance, InstanceStats, Node, Observation, Sizes
+from hypervisor.core.resources import cores
 from hypervisor.server.agents import CallContext
 from hypervisor.server.agents_console import AgentConsole, open_console
 from hypervisor.wire.consoles import log_options_to_wire, log_piece_from_wire
@@ -84,6 +85,12 @@ class GrpcAgent:
         request = agent_pb2.DeleteInstanceRequest(ref=_ref(instance), grace_period=duration_of(grace_s))
         reply = await self._call(self._stub.DeleteInstance, request, context)
         return reply.existed
+
+    async def update(self, instance: Instance, context: CallContext, *, sizes: Sizes) -> Observation:
+        request = agent_pb2.UpdateInstanceRequest(
+            ref=_ref(instance), cpu_cores=cores(sizes.cpu_millis), memory_mb=sizes.memory_mb
+        )
+        return self._observation(await self._call(self._stub.UpdateInstance, request, context))
 
     async def pause(self, instance: Instance, context: CallContext) -> Observation:
         return await self._act(self._stub.PauseInstance, instance, context)
