@@ -16,7 +16,7 @@ from hypervisor.ext.scoring._engine cimport (
 
 
 cdef enum:
-    NO_MEMORY = -1
+    OUT_OF_RANGE = -1             # a count would leave 0..MAX_AMOUNT
     SOFT_PREFER = 0
     SOFT_AVOID = 1
     SOFT_SPREAD = 2
@@ -347,9 +347,10 @@ cdef inline int choose(Table* t, const Wanted* wanted, uint64_t seed, Found* fou
 
 
 cdef inline int add_to_counts(Table* t, const Wanted* wanted, int64_t slot, int32_t delta) noexcept nogil:
-    """Count an instance in, or out (-1). 0 where a count would leave its range, or without memory: then nothing is."""
+    """Count an instance in, or out (-1). 0 without memory, OUT_OF_RANGE where a count would leave it: nothing changed."""
     cdef int32_t i, j, count
     cdef int64_t domain
+    cdef bint in_range
     cdef Counter* counter
     for i in range(wanted.adds):
         counter = entry_of(t, wanted.add_ids[i], KIND_COUNTER).counter
@@ -357,13 +358,14 @@ cdef inline int add_to_counts(Table* t, const Wanted* wanted, int64_t slot, int3
         if domain < 0:
             continue
         count = count_of(counter, domain) + delta
-        if not 0 <= count < (1 << 30) or not set_count(t, counter, domain, count):
+        in_range = 0 <= count < (1 << 30)
+        if not in_range or not set_count(t, counter, domain, count):
             for j in range(i):
                 counter = entry_of(t, wanted.add_ids[j], KIND_COUNTER).counter
                 domain = counter.group.domain[slot] - 1
                 if domain >= 0:
                     set_count(t, counter, domain, count_of(counter, domain) - delta)  # there is room for it
-            return 0
+            return OUT_OF_RANGE if not in_range else 0
     return 1
 
 
@@ -379,13 +381,16 @@ cdef inline void take(Table* t, int64_t slot, int64_t cpu, int64_t memory, int64
 
 
 cdef inline int place_one(Table* t, const Wanted* wanted, uint64_t seed, Found* found) noexcept nogil:
-    """Choose, and reserve there. 0 without memory: nothing is reserved."""
+    """Choose, and reserve there. 0 without memory, OUT_OF_RANGE for a count: nothing is reserved."""
+    cdef int done
     if not choose(t, wanted, seed, found):
         return 0
     if found.slot < 0:
         return 1
-    if wanted.adds and not add_to_counts(t, wanted, found.slot, 1):
-        return 0
+    if wanted.adds:
+        done = add_to_counts(t, wanted, found.slot, 1)
+        if done != 1:
+            return done
     take(t, found.slot, wanted.shape.cpu, wanted.shape.memory, wanted.shape.disk)
     return 1
 

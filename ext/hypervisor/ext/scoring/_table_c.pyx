@@ -1,13 +1,12 @@
 """Native twin of _table_py: the same names, the same behaviour, over C columns; long calls run without the GIL."""
 
 cimport cython
-from cpython.exc cimport PyErr_Clear, PyErr_ExceptionMatches
 from libc.stdint cimport int16_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, qsort
 from libc.string cimport memset
 
 from hypervisor.ext.scoring._choice cimport (
-    SOFT_AVOID, SOFT_PREFER, SOFT_SPREAD, Found, Resolved,
+    OUT_OF_RANGE, SOFT_AVOID, SOFT_PREFER, SOFT_SPREAD, Found, Resolved,
     add_to_counts, choose, judge_all, judge_one, place_one, resolve, take, take_back, tie_key,
 )
 from hypervisor.ext.scoring._engine cimport (
@@ -32,8 +31,10 @@ cdef extern from "Python.h":
 
 
 cdef int64_t within(str name, object value, int64_t low, int64_t high) except? -2:
-    """The number, checked; ValueError also where it is too long for any C type."""
+    """The number, checked; ValueError also where it is too long for any C type. As _rules.within."""
     cdef int64_t number
+    if not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
     try:
         number = PyLong_AsLongLong(value)
     except OverflowError:
@@ -256,6 +257,8 @@ cdef class NodeTable:
         """The slot, checked to have a node."""
         cdef int64_t number
         self.enter()
+        if not isinstance(slot, int):
+            raise TypeError(f"slot must be an integer, not {type(slot).__name__}")
         try:
             number = PyLong_AsLongLong(slot)
         except OverflowError:
@@ -267,6 +270,8 @@ cdef class NodeTable:
     cdef Entry* entry(self, object id, int32_t kind) except NULL:
         cdef Entry* found = NULL
         self.enter()
+        if not isinstance(id, int):
+            raise TypeError(f"id must be an integer, not {type(id).__name__}")
         try:
             found = entry_of(&self.table, PyLong_AsLongLong(id), kind)
         except OverflowError:
@@ -543,8 +548,8 @@ cdef class NodeTable:
             self.busy = False
         else:
             done = place_one(&self.table, &request.wanted, number, &found)
-        if not done:
-            raise MemoryError
+        if done != 1:
+            raise not_placed(done)
         return (found.slot, found.score) if found.slot >= 0 else None
 
     def unplace(self, Request request not None, slot):
@@ -552,8 +557,8 @@ cdef class NodeTable:
         cdef Wanted* w = &request.wanted
         self.check_ids(w)
         at = self.known(slot)
-        if w.adds and not add_to_counts(&self.table, w, at, -1):
-            raise ValueError("count must be 0 or more")
+        if w.adds and add_to_counts(&self.table, w, at, -1) != 1:  # no count grows: memory is no question
+            raise ValueError(f"count must be 0..{MAX_AMOUNT}, not -1")
         try:
             self.take_checked(at, -w.shape.cpu, -w.shape.memory, -w.shape.disk)
         except ValueError:
@@ -625,15 +630,15 @@ cdef class NodeTable:
                         done = place_one(&self.table, pointers[i], values[i], &found[i])
                     else:
                         done = choose(&self.table, pointers[i], values[i], &found[i])
-                    if not done:
+                    if done != 1:
                         while reserve and i > 0:
                             i -= 1
                             if found[i].slot >= 0:
                                 take_back(&self.table, pointers[i], found[i].slot)
                         break
             self.busy = False
-            if not done:
-                raise MemoryError
+            if done != 1:
+                raise not_placed(done)
             return [(found[i].slot, found[i].score) if found[i].slot >= 0 else None for i in range(count)]
         finally:
             free(pointers)
@@ -649,14 +654,14 @@ cdef class NodeTable:
         self.check_ids(&request.wanted)
         while placed < most:
             done = place_one(&self.table, &request.wanted, number, &found)
-            if not done or found.slot < 0:
+            if done != 1 or found.slot < 0:
                 break
             result.append((found.slot, found.score))
             placed += 1
-        if not done:
+        if done != 1:
             for slot, _ in result:
                 take_back(&self.table, &request.wanted, slot)
-            raise MemoryError
+            raise not_placed(done)
         return result
 
     def capacity(self, Request request not None, limit):
@@ -687,7 +692,7 @@ cdef class NodeTable:
             else:
                 while left > 0:
                     done = place_one(t, w, 0, &found)
-                    if not done or found.slot < 0:
+                    if done != 1 or found.slot < 0:
                         break
                     numbers[found.slot] += 1
                     left -= 1
@@ -696,11 +701,18 @@ cdef class NodeTable:
                         take_back(t, w, slot)
         self.busy = False
         try:
-            if not done:
-                raise MemoryError
+            if done != 1:
+                raise not_placed(done)
             return [(slot, numbers[slot]) for slot in range(t.high) if numbers[slot]]
         finally:
             free(numbers)
+
+
+cdef object not_placed(int done):
+    """The error for what :func:`place_one` returned."""
+    if done == OUT_OF_RANGE:
+        return ValueError(f"count must be 0..{MAX_AMOUNT}, not {MAX_AMOUNT + 1}")
+    return MemoryError()
 
 
 cdef int64_t multiple(Table* t, const Wanted* w, int64_t slot, int64_t most) noexcept nogil:
