@@ -10,7 +10,7 @@ from libc.string cimport memcmp, memset
 from hypervisor.ext.scoring._engine cimport (
     BLOCK, FAILS, HOT_SHAPES, KIND_CLASS, KIND_COUNTER, KIND_PREFERENCE, LOG, MAX_COLUMNS, RECENT_SHAPES,
     Counter, Entry, Group, Hot, Shape, Table, Wanted,
-    count_of, entry_of, grow, hv_block, hv_fold, hv_mix32, hv_permille, hv_plan, hv_summarise, hv_summary, room_for,
+    count_of, entry_of, grow, hv_block, hv_begun, hv_mixed, hv_permille, hv_plan, hv_summarise, hv_summary, room_for,
     set_count, set_shares, touch,
 )
 
@@ -224,7 +224,7 @@ cdef inline int judge_all(Table* t, Resolved* r, Hot* hot, bint only_best) noexc
             if not only_best:
                 memset(hot.scores + number * BLOCK, 0xFF, BLOCK * 4)  # FAILS
             continue
-        peak = t.kernels.judge(&t.blocks[number], &r.plan, <size_t> number, hot.scores + number * BLOCK)
+        peak = t.kernels.judge(&t.blocks[number], &t.summaries[number], &r.plan, <size_t> number, hot.scores + number * BLOCK)
         hot.peaks[number] = peak
         if only_best and peak > best:
             best = peak
@@ -267,9 +267,9 @@ cdef inline int bring_up_to_date(Table* t, Resolved* r, Hot* hot) noexcept nogil
 
 
 cdef inline void find_best(Table* t, Hot* hot, uint32_t seed, Found* found) noexcept nogil:
-    """The best node of a column that was judged; ``seed`` is folded."""
-    cdef int64_t part = 0, number, slot
-    cdef int32_t best = FAILS, peak, key, least = 0
+    """The best node of a column that was judged; ``seed`` is hv_begun."""
+    cdef int64_t part = 0, number, slot, first = -1
+    cdef int32_t best = FAILS, peak, least = 0
     found.slot = -1
     while part < hot.blocks:
         peak = t.kernels.peak(hot.peaks + part)
@@ -288,19 +288,21 @@ cdef inline void find_best(Table* t, Hot* hot, uint32_t seed, Found* found) noex
         if hot.tie_stale[number]:
             hot.tie_keys[number] = t.kernels.tie(&t.blocks[number], hot.scores + number * BLOCK, best, seed)
             hot.tie_stale[number] = 0
-        key = hot.tie_keys[number]
-        if found.slot >= 0 and key > least:
+        if first < 0 or hot.tie_keys[number] < least:
+            first, least = number, hot.tie_keys[number]
+    for number in range(first, hot.blocks):
+        if hot.peaks[number] != best or hot.tie_keys[number] != least:
             continue
         for slot in range(number * BLOCK, (number + 1) * BLOCK):
-            if hot.scores[slot] == best and tie_key(t, slot, seed) == key:
+            if hot.scores[slot] == best and tie_key(t, slot, seed) == least:
                 # Two keys are the same where the hashes are the same when folded: then the hashes decide, then slots.
-                if found.slot < 0 or key < least or t.hashes[slot] < t.hashes[found.slot]:
-                    found.slot, least = slot, key
+                if found.slot < 0 or t.hashes[slot] < t.hashes[found.slot]:
+                    found.slot = slot
 
 
 cdef inline int32_t tie_key(Table* t, int64_t slot, uint32_t seed) noexcept nogil:
     """As the kernel has it: signed, in the same order."""
-    return <int32_t> (hv_mix32(t.blocks[slot // BLOCK].folded_hash[slot % BLOCK] ^ seed) ^ <uint32_t> 0x80000000)
+    return <int32_t> (hv_mixed(t.blocks[slot // BLOCK].tie_hash[slot % BLOCK] ^ seed) ^ <uint32_t> 0x80000000)
 
 
 cdef inline Hot* hot_shape(Table* t, const Wanted* wanted) noexcept nogil:
@@ -342,7 +344,7 @@ cdef inline int choose(Table* t, const Wanted* wanted, uint64_t seed, Found* fou
         hot = &t.hot[HOT_SHAPES]
         if not judge_all(t, &r, hot, True):
             return 0
-    find_best(t, hot, hv_fold(seed), found)
+    find_best(t, hot, hv_begun(seed), found)
     return 1
 
 

@@ -12,7 +12,7 @@ from hypervisor.ext.scoring._choice cimport (
 from hypervisor.ext.scoring._engine cimport (
     BLOCK, HOT_SHAPES, KIND_CLASS, KIND_COUNTER, KIND_FREE, KIND_GROUP, KIND_PREFERENCE, MAX_ENTRIES, MAX_GROUPS,
     Counter, Entry, Table, Wanted,
-    clear_entry, count_of, drop_entry, entry_of, hv_block, hv_choose_kernels, hv_fold, new_entry, reach, set_count,
+    clear_entry, count_of, drop_entry, entry_of, hv_block, hv_choose_kernels, hv_begun, new_entry, reach, set_count,
     set_domain, set_shares, touch,
 )
 
@@ -344,7 +344,7 @@ cdef class NodeTable:
         t.alive[slot] = 1
         t.hashes[slot] = value
         block = &t.blocks[slot // BLOCK]
-        block.folded_hash[slot % BLOCK] = hv_fold(value)
+        block.tie_hash[slot % BLOCK] = hv_begun(value)
         self.write(slot, 0, 0, 0, 0, 0, 0, 0, -1, 0)
         return slot
 
@@ -585,7 +585,7 @@ cdef class NodeTable:
                     if t.hot[HOT_SHAPES].scores[slot] >= 0 and (r.slot < 0 or r.slot == slot):
                         found[passed].slot = <int32_t> slot
                         found[passed].score = t.hot[HOT_SHAPES].scores[slot]
-                        found[passed].key = tie_key(t, slot, hv_fold(number))
+                        found[passed].key = tie_key(t, slot, hv_begun(number))
                         found[passed].node_hash = t.hashes[slot]
                         passed += 1
                 qsort(found, <size_t> passed, sizeof(Candidate), compare_candidates)
