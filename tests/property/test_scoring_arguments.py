@@ -7,7 +7,7 @@ import pytest
 
 from hvtest_scoring_pair import Pair
 from hypervisor.ext import scoring
-from hypervisor.ext.scoring import _request_py, _table_c, _table_py
+from hypervisor.ext.scoring import _request_c, _request_py, _table_c, _table_py
 
 MOST = scoring.MAX_AMOUNT
 HUGE = 1 << 70
@@ -24,7 +24,7 @@ def made(**arguments: Any) -> tuple[Any, Any]:
     """The same request for both; pairs in lists are taken apart."""
     return tuple(  # type: ignore[return-value]
         kind(**{k: [each[i] for each in v] if isinstance(v, list) else v for k, v in arguments.items()})
-        for i, kind in enumerate((_table_c.Request, _request_py.Request))
+        for i, kind in enumerate((_request_c.Request, _request_py.Request))
     )
 
 
@@ -86,7 +86,7 @@ def error_of(kind: Any, field: str, value: Any) -> tuple[type[Exception], str]:
 
 @pytest.mark.parametrize(("field", "value"), BAD_FIELDS, ids=lambda one: str(one)[:24])
 def test_a_request_out_of_range_is_refused_in_the_same_words(field: str, value: Any) -> None:
-    native, twin = (error_of(kind, field, value) for kind in (_table_c.Request, _request_py.Request))
+    native, twin = (error_of(kind, field, value) for kind in (_request_c.Request, _request_py.Request))
 
     assert native == twin
     assert native[0] is ValueError
@@ -94,7 +94,7 @@ def test_a_request_out_of_range_is_refused_in_the_same_words(field: str, value: 
 
 @pytest.mark.parametrize(("field", "value"), NO_NUMBERS, ids=lambda one: str(one)[:24])
 def test_a_request_of_other_types_is_refused(field: str, value: Any) -> None:
-    native, twin = (error_of(kind, field, value) for kind in (_table_c.Request, _request_py.Request))
+    native, twin = (error_of(kind, field, value) for kind in (_request_c.Request, _request_py.Request))
 
     assert native[0] is twin[0] is TypeError
 

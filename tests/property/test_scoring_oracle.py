@@ -13,7 +13,7 @@ import pytest
 
 from hvtest_scoring_pair import Pair
 from hypervisor.ext import scoring
-from hypervisor.ext.scoring import _table_c, tie_key
+from hypervisor.ext.scoring import _request_c, _table_c, tie_key
 
 SEEDS, NODES, CHANGES, REQUESTS = 16, 250, 10, 28
 FILTERS = {"slot", "bits", "cpu", "memory", "disk", "class", "affinity", "anti_affinity"}
@@ -86,7 +86,7 @@ def rebuilt(pair: Pair) -> tuple[Any, dict[int, int], dict[int, int]]:
 
 def translated(request: Any, ids: dict[int, int]) -> Any:
     """The request with other ids."""
-    return _table_c.Request(
+    return _request_c.Request(
         **{name: getattr(request, name) for name in AMOUNTS},
         **{name: [ids[one] for one in getattr(request, name)] for name in IDS},
         **{name: [(ids[one], weight) for one, weight in getattr(request, name)] for name in WEIGHTED},

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hvtest_scoring_pair import Pair
 from hypervisor.ext import scoring
-from hypervisor.ext.scoring import _table_c, tie_key
+from hypervisor.ext.scoring import _request_c, _table_c, tie_key
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["vectors", "no-vectors"])
@@ -59,7 +59,7 @@ def test_ties_are_broken_whatever_the_order_of_slots(rng: random.Random) -> None
         table = _table_c.NodeTable()
         for one in hashes:
             table.set_node(table.add_node(one), 8, 8, 8, 8, 8, 8, 0, -1, 0)
-        found = table.pick(_table_c.Request(cpu=1), 77)
+        found = table.pick(_request_c.Request(cpu=1), 77)
         assert found is not None
         chosen.append(table.node(found[0]).node_hash)
 
@@ -71,7 +71,7 @@ def test_a_table_never_gives_more_than_there_is() -> None:
     for one in range(1000):
         table.set_node(table.add_node(one), 7, 7, 100, 100, 100, 100, 0, -1, 0)
 
-    placed = table.place_batch(_table_c.Request(cpu=2, memory=1), 10_000)
+    placed = table.place_batch(_request_c.Request(cpu=2, memory=1), 10_000)
 
     assert len(placed) == 3000
     assert all(table.node(slot).cpu_free == 1 for slot in table.slots())

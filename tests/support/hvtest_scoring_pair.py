@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hypervisor.ext import scoring
-from hypervisor.ext.scoring import _request_py, _table_c, _table_py
+from hypervisor.ext.scoring import _request_c, _request_py, _table_c, _table_py
 
 __all__ = ["Pair"]
 
@@ -122,7 +122,7 @@ class Pair:
         weighted = {"preferences": [(one, rng.randrange(4)) for one in some(self.preferences, 2)]}
         for name in ("prefer", "avoid", "spread"):
             weighted[name] = [(one, rng.choice([1, 1000])) for one in some(counters, 1)]
-        kinds: tuple[Any, Any] = (_table_c.Request, _request_py.Request)
+        kinds: tuple[Any, Any] = (_request_c.Request, _request_py.Request)
         made = [
             kind(
                 **plain,

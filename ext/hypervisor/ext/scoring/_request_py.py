@@ -1,4 +1,4 @@
-"""The request of :mod:`._table_py`, as the native one in :mod:`._table_c`."""
+"""The request of :mod:`._table_py`: the specification, and the oracle of :mod:`._request_c`."""
 
 from collections.abc import Sequence
 
