@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from hvtest_agent_waiting import until, within
-from hypervisor.agent.stats.cgroups import CgroupPaths, expected_paths, sampler_sources
+from hypervisor.agent.stats.cgroups import CgroupPaths, expected_paths, sampler_sources, uses_v2
 from hypervisor.agent.stats.service import StatsService
 from hypervisor.agent.stats.sources import StatsSource
 from hypervisor.core.clock import SystemClock
@@ -35,11 +35,19 @@ class Groups:
 
     def directories(self, name: str) -> set[Path]:
         paths = self.paths(name)
-        return {paths.unified} if paths.unified is not None else set(paths.controllers.values())
+        if paths.unified is not None:
+            return {paths.unified}
+        found = set(paths.controllers.values())
+        if paths.pressure is not None and (ROOT / "unified").is_dir():
+            found.add(paths.pressure)
+        return found
 
     def make(self, instance_id: str) -> None:
         for directory in self.directories(""):
             directory.mkdir(exist_ok=True)
+            if uses_v2(ROOT):
+                for parent in (ROOT, directory):
+                    (parent / "cgroup.subtree_control").write_text("+cpu +memory +io +pids")
         for directory in self.directories(instance_id):
             directory.mkdir()
             self._made.append(directory)
@@ -124,6 +132,15 @@ async def running(groups: Groups, *, max_open_files: int = 100_000) -> AsyncIter
         await asyncio.wait({task})
 
 
+def pressure_is_kept() -> bool:
+    """Whether this kernel tells the pressure of control groups, in version 2 or in the unified half of a hybrid."""
+    with suppress(OSError):
+        return bool(Path("/proc/pressure/cpu").read_text()) and any(
+            (root / "cgroup.procs").is_file() for root in (ROOT, ROOT / "unified")
+        )
+    return False
+
+
 def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
@@ -206,6 +223,8 @@ async def test_a_busy_process_shows_in_its_group(groups: Groups, busy: "subproce
             async with aclosing(watch):
                 async for sample in watch:
                     assert sample.pids in (1, None)
+                    for pressure in (sample.cpu_pressure, sample.memory_pressure, sample.io_pressure):
+                        assert (pressure is not None) == pressure_is_kept()
                     if sample.cpu_used_cores and sample.cpu_used_cores > 0.2:
                         return sample.cpu_used_cores
             return 0.0

@@ -9,6 +9,8 @@ from hypervisor.ext.stats_sampler import Sampler, Sources
 __all__ = ["CgroupPaths", "cgroup_paths", "expected_paths", "read_oom_kills", "sampler_sources", "uses_v2"]
 
 _CONTROLLERS = ("cpuacct", "cpu", "memory", "blkio", "pids")
+_HYBRID = "unified"
+"""Where a hybrid has its hierarchy of version 2, below the root of all hierarchies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +19,10 @@ class CgroupPaths:
 
     unified: Path | None
     controllers: Mapping[str, Path]
+    pressure: Path | None = None
+    """In a hybrid, beside ``controllers``: the group's directory in the unified hierarchy, which has no controllers and
+    tells pressure (PSI) alone. None where the processes have no group of their own there: the pressure of the group
+    that they share with others would say nothing of them."""
 
 
 def uses_v2(root: Path) -> bool:
@@ -33,20 +39,24 @@ def _beneath(root: Path, path: str) -> Path | None:
 def cgroup_paths(text: str, *, root: Path) -> CgroupPaths | None:
     """The directories named by the text of a ``/proc/PID/cgroup``; None where it names none under ``root``."""
     found: dict[str, Path] = {}
-    unified: Path | None = None
+    own: set[str] = set()
+    unified: str | None = None
     for line in text.splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:
-            unified = _beneath(root, path)
+            unified = path
             continue
         for controller in controllers.split(","):
             # Controllers mounted together are found under each one's own name too (symbolic links of the mount root).
             directory = _beneath(root / controller, path)
             if controller in _CONTROLLERS and directory is not None:
                 found[controller] = directory
+                own.add(path)
     if uses_v2(root):
-        return None if unified is None else CgroupPaths(unified, {})
-    return CgroupPaths(None, found) if found else None
+        directory = None if unified is None else _beneath(root, unified)
+        return None if directory is None else CgroupPaths(directory, {})
+    pressure = _beneath(root / _HYBRID, unified) if unified in own else None
+    return CgroupPaths(None, found, pressure) if found else None
 
 
 def expected_paths(cgroup: str, *, root: Path) -> CgroupPaths:
@@ -54,13 +64,16 @@ def expected_paths(cgroup: str, *, root: Path) -> CgroupPaths:
     relative = cgroup.lstrip("/")
     if uses_v2(root):
         return CgroupPaths(root / relative, {})
-    return CgroupPaths(None, {controller: root / controller / relative for controller in _CONTROLLERS})
+    controllers = {controller: root / controller / relative for controller in _CONTROLLERS}
+    return CgroupPaths(None, controllers, root / _HYBRID / relative)
 
 
 def sampler_sources(paths: CgroupPaths, *, pid: int, proc_root: Path) -> Sources:
     """What the sampler reads of a control group, and of the network of the process ``pid`` in it."""
     return Sources(
-        cgroup2=paths.unified, cgroup1=paths.controllers, net_dev=proc_root / str(pid) / "net" / "dev"
+        cgroup2=paths.unified or paths.pressure,
+        cgroup1=paths.controllers,
+        net_dev=proc_root / str(pid) / "net" / "dev",
     )
 
 
