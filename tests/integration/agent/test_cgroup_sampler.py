@@ -234,6 +234,46 @@ def test_a_hybrid_whose_unified_group_is_not_there_is_no_error(tmp_path: Path, p
     assert sampled(expected_paths(UNIT, root=tmp_path / "cgroup"), proc).pids == 5
 
 
+# The busiest is 254:0, which has a partition.
+DISKSTATS = """   7       0 loop0 43 0 694 22 0 0 0 0 0 16 22 0 0 0 0 0 0
+ 254       0 vda 10 0 5000 9 10 0 4000 9 0 9 9 0 0 0 0 0 0
+ 254       1 vda1 10 0 5000 9 10 0 4000 9 0 9 9 0 0 0 0 0 0
+"""
+OTHER = "7:0 Read 0\n7:0 Write 4096\n7:0 Total 4096\nTotal 4096\n"
+BUSIEST = "254:0 Read 0\n254:0 Write 4096\n254:0 Total 4096\n"
+
+
+@pytest.mark.parametrize(
+    ("of_all", "diskstats", "counted"),
+    [
+        ({"io_service_bytes_recursive": BUSIEST + OTHER, "io_service_bytes": "Total 0\n"}, DISKSTATS, True),
+        ({"io_service_bytes_recursive": "Total 0\n", "io_service_bytes": "Total 0\n"}, DISKSTATS, False),
+        ({"io_service_bytes_recursive": OTHER}, DISKSTATS, False),
+        ({"io_service_bytes": BUSIEST + OTHER}, DISKSTATS, True),
+        ({"io_service_bytes": "Total 0\n"}, "", False),
+        ({"io_service_bytes": "Total 0\n"}, None, True),
+        ({}, DISKSTATS, True),
+    ],
+)
+def test_transfers_that_the_kernel_does_not_count_are_unknown_and_not_zero(
+    tmp_path: Path, proc: Path, of_all: dict[str, str], diskstats: str | None, counted: bool
+) -> None:
+    root = tmp_path / "cgroup"
+    v1_tree(root)
+    for name, text in of_all.items():
+        (root / "blkio" / f"blkio.throttle.{name}").write_text(text)
+    if diskstats is not None:
+        (proc / "diskstats").write_text(diskstats)
+
+    stats = sampled(expected_paths(UNIT, root=root, proc_root=proc), proc)
+
+    assert (stats.pids, stats.block_read_bytes) == (5, 1_052_672 if counted else None)
+    text = f"1:blkio:/{UNIT}\n2:pids:/{UNIT}\n"
+    paths = cgroup_paths(text, root=root, proc_root=proc)
+    assert paths is not None
+    assert set(paths.controllers) == ({"blkio", "pids"} if counted else {"pids"})
+
+
 def test_the_specification_limits_swap_with_v1_that_accounts_for_it(tmp_path: Path) -> None:
     (tmp_path / "memory").mkdir()
     assert not specification_limits_swap(tmp_path)

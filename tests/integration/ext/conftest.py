@@ -1,9 +1,11 @@
-"""Fixtures of the sampler's tests: both implementations, and no file left open by any."""
+"""Fixtures of the sampler's tests: both implementations, control groups, and no file left open by any."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
+from hvtest_control_groups import Groups
 from hvtest_stats import SamplerType, open_descriptors
 from hypervisor.ext.stats_sampler import _sampler_c, _sampler_py
 
@@ -20,3 +22,13 @@ def no_file_is_left_open() -> Iterator[None]:
     before = open_descriptors()
     yield
     assert open_descriptors() == before
+
+
+@pytest.fixture
+def groups() -> Iterator[Groups]:
+    try:
+        made = Groups(f"hvtest-{os.getpid()}")
+    except OSError as error:
+        pytest.skip(f"control groups cannot be made here: {error}")
+    yield made
+    made.close()

@@ -1,22 +1,18 @@
 """The sampler with the kernel's own control groups (v1, the pressure of a hybrid, or v2) and interfaces."""
 
-import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from hvtest_control_groups import Groups
 from hvtest_stats import SECOND, AnySampler, SamplerType, newest
 from hypervisor.ext.stats_sampler import Sources
 
-ROOT = Path("/sys/fs/cgroup")
-V1_CONTROLLERS = ("cpuacct", "cpu", "memory", "blkio", "pids")
-ONLY_V2 = (ROOT / "cgroup.controllers").is_file()
 SPIN = """
 import time
 input()
@@ -26,60 +22,6 @@ while time.process_time() < end:
 print(flush=True)
 input()
 """
-
-
-class Groups:
-    """Control groups below one of the test's own, in every hierarchy there is."""
-
-    def __init__(self, name: str) -> None:
-        hierarchies = (ROOT,) if ONLY_V2 else (*(ROOT / c for c in V1_CONTROLLERS), ROOT / "unified")
-        self._tops = [hierarchy / name for hierarchy in hierarchies if hierarchy.is_dir()]
-        self._made: set[Path] = set()
-        for top in self._tops:
-            self._make(top)
-        if ONLY_V2:
-            (ROOT / "cgroup.subtree_control").write_text("+cpu +memory +io +pids")
-            (self._tops[0] / "cgroup.subtree_control").write_text("+cpu +memory +io +pids")
-
-    def _make(self, directory: Path) -> None:
-        directory.mkdir()
-        self._made.add(directory)
-
-    def make(self, name: str) -> Sources:
-        """Make a group; the sources of its figures."""
-        for top in self._tops:
-            self._make(top / name)
-        if ONLY_V2:
-            return Sources(cgroup2=self._tops[0] / name)
-        v1 = {top.parent.name: top / name for top in self._tops if top.parent.name != "unified"}
-        unified = next((top / name for top in self._tops if top.parent.name == "unified"), None)
-        return Sources(cgroup1=v1, cgroup2=unified)
-
-    def join(self, name: str, pid: int) -> None:
-        """Move a process into a group."""
-        for top in self._tops:
-            (top / name / "cgroup.procs").write_text(str(pid))
-
-    def remove(self, name: str) -> None:
-        """Remove a group that has no processes."""
-        for top in self._tops:
-            (top / name).rmdir()
-            self._made.discard(top / name)
-
-    def close(self) -> None:
-        """Remove all of them."""
-        for directory in sorted(self._made, reverse=True):
-            directory.rmdir()
-
-
-@pytest.fixture
-def groups() -> Iterator[Groups]:
-    try:
-        made = Groups(f"hvtest-{os.getpid()}")
-    except OSError as error:
-        pytest.skip(f"control groups cannot be made here: {error}")
-    yield made
-    made.close()
 
 
 def _pressure_is_kept() -> bool:
