@@ -1,6 +1,7 @@
 """Fixtures of the sampler's tests: both implementations, control groups, and no file left open by any."""
 
 import os
+import resource
 from collections.abc import Iterator
 
 import pytest
@@ -22,6 +23,15 @@ def no_file_is_left_open() -> Iterator[None]:
     before = open_descriptors()
     yield
     assert open_descriptors() == before
+
+
+@pytest.fixture(autouse=True)
+def many_files() -> Iterator[None]:
+    """As the agent does at its start: as many open files as the system lets."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """The sampler with the kernel's own control groups (v1, the pressure of a hybrid, or v2) and interfaces."""
 
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,6 +21,25 @@ input()
 end = time.process_time() + 0.3
 while time.process_time() < end:
     pass
+print(flush=True)
+input()
+"""
+PAIRS = 30
+NETWORK = f"""
+import socket, subprocess
+from pathlib import Path
+for default in ("all", "default"):  # nobody else says anything there
+    file = Path("/proc/sys/net/ipv6/conf", default, "disable_ipv6")
+    if file.exists():
+        file.write_text("1")
+commands = ["link set lo up"]
+for i in range({PAIRS}):
+    commands += [f"link add a{{i}} type veth peer name b{{i}}", f"link set a{{i}} up", f"link set b{{i}} up"]
+subprocess.run(["ip", "-batch", "-"], input="\\n".join(commands), text=True, check=True)
+for i in range({PAIRS}):
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as packets:
+        packets.bind((f"a{{i}}", 0))
+        packets.send(b"\\xff" * 100 * (i % 9 + 1))
 print(flush=True)
 input()
 """
@@ -142,3 +163,34 @@ def test_an_interface_of_this_machine_is_read(make: SamplerType) -> None:
 
         assert newest(sampler, tap).network_receive_bytes is not None
         assert newest(sampler, device).network_receive_bytes is not None
+
+
+def test_a_file_that_the_kernel_hands_out_in_parts_is_read_to_its_end(make: SamplerType) -> None:
+    """A read of /proc/PID/net/dev ends after a whole line before a page is full; with many interfaces that is soon."""
+    if shutil.which("unshare") is None or shutil.which("ip") is None:
+        pytest.skip("there is no unshare or no ip")
+    command = ["unshare", "--net", sys.executable, "-c", NETWORK]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            if not process.stdout.readline():
+                pytest.skip(f"interfaces cannot be made here: {process.stderr.read()[-300:]}")
+            path = f"/proc/{process.pid}/net/dev"
+            fd = os.open(path, os.O_RDONLY)
+            first_part = len(os.pread(fd, 65_536, 0))
+            os.close(fd)
+            with make() as sampler:
+                slot = sampler.add(Sources(net_dev=path))
+                sampler.sample(slot, 0, 0)
+                record = newest(sampler, slot)
+        finally:
+            process.kill()
+            process.wait()
+
+    assert first_part < 4096, "the file is handed out in parts"
+    octets = sum(100 * (number % 9 + 1) for number in range(PAIRS))
+    assert (record.network_transmit_bytes, record.network_transmit_packets) == (octets, PAIRS)
+    assert (record.network_receive_bytes, record.network_receive_packets) == (octets, PAIRS)
