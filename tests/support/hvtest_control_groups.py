@@ -1,15 +1,25 @@
 """The kernel's own control groups for tests: version 1, the hybrid, or version 2, whichever this machine has."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from hypervisor.ext.stats_sampler import Sources
 
-__all__ = ["ONLY_V2", "ROOT", "Groups"]
+__all__ = ["ONLY_V2", "ROOT", "Groups", "pressure_is_kept"]
 
 ROOT = Path("/sys/fs/cgroup")
 ONLY_V2 = (ROOT / "cgroup.controllers").is_file()
 """Whether there is version 2 alone."""
 V1_CONTROLLERS = ("cpuacct", "cpu", "memory", "blkio", "pids")
+
+
+def pressure_is_kept() -> bool:
+    """Whether this kernel tells the pressure of control groups, in version 2 or in the unified half of a hybrid."""
+    with suppress(OSError):
+        return bool(Path("/proc/pressure/cpu").read_text()) and any(
+            (root / "cgroup.procs").is_file() for root in (ROOT, ROOT / "unified")
+        )
+    return False
 
 
 class Groups:

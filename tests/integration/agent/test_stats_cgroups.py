@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from hvtest_agent_waiting import until, within
+from hvtest_control_groups import pressure_is_kept
 from hypervisor.agent.stats.cgroups import CgroupPaths, expected_paths, sampler_sources, uses_v2
 from hypervisor.agent.stats.service import StatsService
 from hypervisor.agent.stats.sources import StatsSource
@@ -130,15 +131,6 @@ async def running(groups: Groups, *, max_open_files: int = 100_000) -> AsyncIter
     finally:
         task.cancel()
         await asyncio.wait({task})
-
-
-def pressure_is_kept() -> bool:
-    """Whether this kernel tells the pressure of control groups, in version 2 or in the unified half of a hybrid."""
-    with suppress(OSError):
-        return bool(Path("/proc/pressure/cpu").read_text()) and any(
-            (root / "cgroup.procs").is_file() for root in (ROOT, ROOT / "unified")
-        )
-    return False
 
 
 def descriptors() -> int:
