@@ -9,6 +9,7 @@ import pytest
 
 from hvtest_containerd import PrivateContainerd, missing_programs
 from hvtest_containers import BUSYBOX, ContainerdBench, assignment, started, until
+from hvtest_control_groups import pressure_is_kept
 from hvtest_driver_contract import DriverContract
 from hvtest_driver_powers import PausingContract, UpdatingContract
 from hvtest_driver_stats import sampled
@@ -184,6 +185,7 @@ class TestLifecycle:
             assert (after.pids, after.oom_kills) == (1, 0)
             assert after.memory_working_set_bytes is not None
             assert after.network_receive_bytes == 0
+            assert (after.cpu_pressure is not None) == pressure_is_kept()
 
             # It ends and begins again before anybody says so: the new control group is found by itself.
             watch = stats.watch(made.instance_id, interval_s=0.1)
@@ -195,9 +197,10 @@ class TestLifecycle:
             past = stats.watch(made.instance_id, interval_s=0.1, history_s=3600.0)
             first = await anext(past)
             await past.aclose()
-            assert (first.pids, first.cpu_used_cores) == (1, None), (
-                "a history of its own, from its first sample"
-            )
+            # What runs there for a moment yet may be runc's set-up, of several threads.
+            assert first.pids is not None
+            assert first.pids >= 1
+            assert first.cpu_used_cores is None, "a history of its own, from its first sample"
 
             await driver.stop(made.instance_id, grace_s=0.0)
             stats.observed(await driver.get(made.instance_id))
