@@ -14,7 +14,7 @@ from hypervisor.core.errors import HypervisorError, Internal, Unavailable
 from hypervisor.core.grpc_errors import from_rpc_error
 from hypervisor.core.model import Instance, InstanceStats, Node, Observation
 from hypervisor.server.agents import CallContext
-from hypervisor.server.agents_console import AgentConsole, open_console
+from hypervisor.server.agents_console import AgentConsole, attach_method, open_console
 from hypervisor.wire.consoles import log_options_to_wire, log_piece_from_wire
 from hypervisor.wire.enums import INSTANCE_TYPE
 from hypervisor.wire.instances import observation_from_wire, spec_to_wire
@@ -47,6 +47,7 @@ class GrpcAgent:
 
     def __init__(self, channel: grpc.aio.Channel, *, hostname: str, address: str) -> None:
         self._stub: AgentServiceAsyncStub = agent_pb2_grpc.AgentServiceStub(channel)
+        self._attach_console = attach_method(channel)
         self._peer = f"the agent of node {hostname} at {address}"
         self._hostname = hostname
 
@@ -112,7 +113,7 @@ class GrpcAgent:
         context: CallContext,
         options: ConsoleOptions,
     ) -> AgentConsole:
-        call = self._stub.AttachConsole(metadata=_metadata(context))
+        call = self._attach_console(metadata=_metadata(context))
         return await open_console(
             call,
             instance_id,
