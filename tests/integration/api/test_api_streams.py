@@ -45,6 +45,7 @@ class Viewer:
         if message is grpc.aio.EOF:
             return False
         if message.WhichOneof("output") == "data":
+            assert len(message.data) <= 64 << 10
             self.shown += message.data
         elif message.WhichOneof("output") == "closed":
             self.closed = message.closed

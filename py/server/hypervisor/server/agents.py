@@ -44,9 +44,11 @@ class ConsoleOpened:
 
 @dataclass(frozen=True, slots=True)
 class ConsoleData:
-    """Bytes from the instance."""
+    """Bytes from the instance. ``message``: the ConsoleOutput they came in, encoded, where there is nothing else in it:
+    it can be passed on as it is."""
 
-    data: bytes
+    data: bytes | memoryview
+    message: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

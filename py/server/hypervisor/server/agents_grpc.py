@@ -16,7 +16,7 @@ from hypervisor.core.machines import Snapshot, SnapshotKind
 from hypervisor.core.model import Instance, InstanceStats, Node, Observation, Sizes
 from hypervisor.core.resources import cores
 from hypervisor.server.agents import CallContext
-from hypervisor.server.agents_console import AgentConsole, open_console
+from hypervisor.server.agents_console import AgentConsole, attach_method, open_console
 from hypervisor.wire.consoles import log_options_to_wire, log_piece_from_wire
 from hypervisor.wire.enums import INSTANCE_TYPE, SNAPSHOT_KIND
 from hypervisor.wire.instances import observation_from_wire, spec_to_wire
@@ -50,6 +50,7 @@ class GrpcAgent:
 
     def __init__(self, channel: grpc.aio.Channel, *, hostname: str, address: str) -> None:
         self._stub: AgentServiceAsyncStub = agent_pb2_grpc.AgentServiceStub(channel)
+        self._attach_console = attach_method(channel)
         self._peer = f"the agent of node {hostname} at {address}"
         self._hostname = hostname
 
@@ -151,7 +152,7 @@ class GrpcAgent:
         context: CallContext,
         options: ConsoleOptions,
     ) -> AgentConsole:
-        call = self._stub.AttachConsole(metadata=_metadata(context))
+        call = self._attach_console(metadata=_metadata(context))
         return await open_console(
             call,
             instance_id,
