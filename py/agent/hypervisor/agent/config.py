@@ -342,6 +342,7 @@ class AgentSettings(Settings):
             "store",
             "etcd",
             "heartbeat",
+            "image_store",
             "scheduler",
             "operations",
             "agents",

@@ -199,6 +199,8 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     transition_deadline: datetime | None = None
     """Past it the reconciler re-drives a transitional state."""
     placement: PlacementRecord | None = None
+    images: dict[str, str] = {}
+    """The images that ``spec`` names: their ids by name, as they were when it was created."""
     v: int = SCHEMA_VERSION
 
 

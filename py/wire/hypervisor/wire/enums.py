@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from hypervisor.core import states
 from hypervisor.core.errors import InvalidArgument
-from hypervisor.v1 import instance_pb2, node_pb2, operation_pb2
+from hypervisor.core.images import ImageKind, ImageState
+from hypervisor.v1 import image_pb2, instance_pb2, node_pb2, operation_pb2
 
 if TYPE_CHECKING:  # the name exists in the type stubs only
     from google.protobuf.internal.enum_type_wrapper import _EnumTypeWrapper
 
 __all__ = [
     "DESIRED_STATE",
+    "IMAGE_KIND",
+    "IMAGE_STATE",
     "INSTANCE_STATUS",
     "INSTANCE_TYPE",
     "LABEL_OPERATOR",
@@ -67,3 +70,5 @@ OPERATION_STATE = EnumMap(states.OperationState, operation_pb2.OperationState, "
 LABEL_OPERATOR = EnumMap(states.LabelOperator, instance_pb2.LabelConstraint.Operator, "OPERATOR")
 TAINT_EFFECT = EnumMap(states.TaintEffect, instance_pb2.TaintEffect, "TAINT_EFFECT")
 TOLERATION_OPERATOR = EnumMap(states.TolerationOperator, instance_pb2.Toleration.Operator, "OPERATOR")
+IMAGE_KIND = EnumMap(ImageKind, image_pb2.ImageKind, "IMAGE_KIND")
+IMAGE_STATE = EnumMap(ImageState, image_pb2.ImageState, "IMAGE_STATE")
