@@ -1,7 +1,8 @@
 """Images as values: what an image is, who has its content, and which of them a specification names.
 
 A specification names an image as ``image:NAME``: in ``image`` (a disk for machines, an OCI archive for containers),
-``kernel_path`` and ``initrd_path``. Everything else in those fields is a matter between the user and the node's driver.
+``kernel_path`` and ``initrd_path``. In a machine's ``image`` a bare ``NAME`` will do, as nothing else there has that
+form. Everything else in those fields is a matter between the user and the node's driver.
 """
 
 import re
@@ -102,10 +103,13 @@ def is_sha256(text: str) -> bool:
     return _SHA256.fullmatch(text) is not None
 
 
-def image_name_of(value: str, field: str = "image") -> str | None:
-    """The name in ``image:NAME``; None for a value of another form. InvalidArgument where NAME is none."""
+def image_name_of(value: str, field: str = "image", *, bare: bool = False) -> str | None:
+    """The name in ``image:NAME`` or, with ``bare``, in ``NAME``; None for a value of another form.
+
+    InvalidArgument where what follows the prefix is no name.
+    """
     if not value.startswith(IMAGE_PREFIX):
-        return None
+        return value if bare and check_dns_label(field, value) is None else None
     name = value.removeprefix(IMAGE_PREFIX)
     wrong = check_dns_label(field, name)
     if wrong is not None:
@@ -125,7 +129,7 @@ def named_images(user: ImageUser) -> tuple[NamedImage, ...]:
     }
     found = []
     for field, (value, kind) in fields.items():
-        name = image_name_of(value, f"spec.{field}")
+        name = image_name_of(value, f"spec.{field}", bare=machine and field == "image")
         if name is not None:
             found.append(NamedImage(field, name, kind))
     return tuple(found)

@@ -5,6 +5,7 @@ from pathlib import Path
 from hypervisor.agent.drivers.driver import Assignment, LocalImage
 from hypervisor.core.errors import NotFound
 from hypervisor.core.images import image_name_of
+from hypervisor.core.states import InstanceType
 
 __all__ = ["local_image", "located"]
 
@@ -14,7 +15,8 @@ def local_image(assignment: Assignment, field: str) -> LocalImage | None:
 
     NotFound (``IMAGE_NOT_FOUND``) for one that this node was not given.
     """
-    name = image_name_of(getattr(assignment.spec, field), f"spec.{field}")
+    bare = field == "image" and assignment.type is not InstanceType.CONTAINER
+    name = image_name_of(getattr(assignment.spec, field), f"spec.{field}", bare=bare)
     if name is None:
         return None
     found = assignment.images.get(name)
