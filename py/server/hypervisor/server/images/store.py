@@ -26,6 +26,7 @@ import structlog
 from hypervisor.core.blobs import BlobDirectory, disk_errors, sync_directory
 from hypervisor.core.errors import FailedPrecondition, ResourceExhausted
 from hypervisor.core.ids import IdSource, is_id
+from hypervisor.core.uninterrupted import uninterrupted
 
 __all__ = ["STORE_PREFIX", "ImageStore"]
 
@@ -43,6 +44,7 @@ class ImageStore:
         self.max_bytes = max_bytes
         self._reserve_bytes = reserve_bytes
         self._lock_fd = -1
+        self._opening = asyncio.Lock()
         self._held: Counter[str] = Counter()
         self.id = self._known_id() or new_id(STORE_PREFIX)
         """The same for as long as the directory lives."""
@@ -63,7 +65,8 @@ class ImageStore:
         except FileNotFoundError:
             return ""
         except (OSError, UnicodeDecodeError) as exc:
-            raise self._unusable(f"its store_id cannot be read ({exc})") from exc
+            why = exc.strerror if isinstance(exc, OSError) else "it is damaged"
+            raise self._unusable(f"its store_id cannot be read: {why}") from exc
         if not is_id(text, STORE_PREFIX):
             raise self._unusable(
                 "its store_id is damaged: remove the file; images are then found again by content"
@@ -80,8 +83,9 @@ class ImageStore:
     async def open(self) -> None:
         """Make the directory where it is missing and lock it. FailedPrecondition (``IMAGE_STORE_UNUSABLE``,
         ``IMAGE_STORE_IN_USE``)."""
-        if self._lock_fd < 0:
-            await asyncio.to_thread(self._open)
+        async with self._opening:
+            if self._lock_fd < 0:
+                await uninterrupted(asyncio.to_thread(self._open))
 
     def _open(self) -> None:
         try:
