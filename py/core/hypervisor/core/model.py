@@ -213,6 +213,8 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     placement: PlacementRecord | None = None
     resizing: Sizes | None = None
     """What it is being given in place of what ``spec`` says, or may have got when nobody could tell any more."""
+    images: dict[str, str] = {}
+    """The images that ``spec`` names: their ids by name, as they were when it was created."""
     v: int = SCHEMA_VERSION
 
     @property

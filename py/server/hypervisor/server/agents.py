@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from hypervisor.core.consoles import ConsoleOptions, LogOptions, LogPiece
+from hypervisor.core.images import ImageSource
 from hypervisor.core.machines import Snapshot, SnapshotKind
 from hypervisor.core.model import Instance, InstanceStats, Node, Observation, Sizes
 from hypervisor.server.services import ConsoleSession
@@ -82,8 +83,11 @@ class Agent(Protocol):
     off, so that whether it was carried out is unknown; ``DeadlineExceeded`` after ``context.timeout_s``.
     """
 
-    async def create(self, instance: Instance, context: CallContext, *, start: bool) -> Observation:
-        """Make it and, with ``start``, start it. When it fails nothing of it is left on the node."""
+    async def create(
+        self, instance: Instance, context: CallContext, *, start: bool, images: tuple[ImageSource, ...] = ()
+    ) -> Observation:
+        """Make it of ``images`` (those its spec names) and, with ``start``, start it. When it fails nothing of it is
+        left on the node."""
         ...
 
     async def start(self, instance: Instance, context: CallContext) -> Observation:

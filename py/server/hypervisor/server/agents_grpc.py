@@ -12,6 +12,7 @@ from hypervisor.agent.v1 import agent_pb2, agent_pb2_grpc
 from hypervisor.core.consoles import ConsoleOptions, LogOptions, LogPiece
 from hypervisor.core.errors import HypervisorError, Internal, Unavailable
 from hypervisor.core.grpc_errors import from_rpc_error
+from hypervisor.core.images import ImageSource
 from hypervisor.core.machines import Snapshot, SnapshotKind
 from hypervisor.core.model import Instance, InstanceStats, Node, Observation, Sizes
 from hypervisor.core.resources import cores
@@ -19,6 +20,7 @@ from hypervisor.server.agents import CallContext
 from hypervisor.server.agents_console import AgentConsole, attach_method, open_console
 from hypervisor.wire.consoles import log_options_to_wire, log_piece_from_wire
 from hypervisor.wire.enums import INSTANCE_TYPE, SNAPSHOT_KIND
+from hypervisor.wire.images import source_to_wire
 from hypervisor.wire.instances import observation_from_wire, spec_to_wire
 from hypervisor.wire.machines import snapshot_from_wire
 from hypervisor.wire.stats import stats_from_wire
@@ -54,7 +56,9 @@ class GrpcAgent:
         self._peer = f"the agent of node {hostname} at {address}"
         self._hostname = hostname
 
-    async def create(self, instance: Instance, context: CallContext, *, start: bool) -> Observation:
+    async def create(
+        self, instance: Instance, context: CallContext, *, start: bool, images: tuple[ImageSource, ...] = ()
+    ) -> Observation:
         reply = await self._call(
             self._stub.CreateInstance,
             agent_pb2.CreateInstanceRequest(
@@ -65,6 +69,7 @@ class GrpcAgent:
                 spec=spec_to_wire(instance.spec),
                 labels=instance.labels,
                 start=start,
+                images=map(source_to_wire, images),
             ),
             context,
         )

@@ -23,6 +23,7 @@ from hypervisor.core.errors import (
     Internal,
     Unavailable,
 )
+from hypervisor.core.images import ImageSource
 from hypervisor.core.model import Instance, Observation, OperationRecord
 from hypervisor.core.retry import Backoff
 from hypervisor.core.states import DesiredState, NodeStatus
@@ -39,6 +40,8 @@ from hypervisor.server.view import StoreView
 __all__ = ["ExecutorSettings", "OperationExecutor"]
 
 T = TypeVar("T")
+ImagesOf = Callable[[Instance], tuple[ImageSource, ...]]
+"""What a node is told of the images that an instance names."""
 
 log = structlog.get_logger(__name__)
 
@@ -96,6 +99,7 @@ class OperationExecutor:
         *,
         server_id: str,
         rng: random.Random,
+        images: ImagesOf,
         settings: ExecutorSettings | None = None,
     ) -> None:
         self._view = view
@@ -105,6 +109,7 @@ class OperationExecutor:
         self._clock = clock
         self._server_id = server_id
         self._rng = rng
+        self._images = images
         self._settings = settings or ExecutorSettings()
         self._group: asyncio.TaskGroup | None = None
         self._slots = asyncio.Semaphore(self._settings.concurrency)
@@ -252,7 +257,9 @@ class OperationExecutor:
             context = CallContext(driven.request_id, left_s)
             try:
                 return await self._attend(
-                    _call(self._agents.agent(node.value), operation, instance, context), operation, driven
+                    _call(self._agents.agent(node.value), operation, instance, context, images=self._images),
+                    operation,
+                    driven,
                 )
             except Unavailable as exc:
                 if exc.reason != "NODE_UNREACHABLE":
@@ -406,13 +413,18 @@ def _release_leftover(draft: Draft, instance_id: str) -> None:
 
 
 async def _call(
-    agent: Agent, operation: OperationRecord, instance: Instance, context: CallContext
+    agent: Agent,
+    operation: OperationRecord,
+    instance: Instance,
+    context: CallContext,
+    *,
+    images: ImagesOf,
 ) -> Observation | bool:
     grace_s = operation.grace_period_s or 0.0
     match operation.verb:
         case "create":
             start = instance.desired is DesiredState.RUNNING
-            return await agent.create(instance, context, start=start)
+            return await agent.create(instance, context, start=start, images=images(instance))
         case "start":
             return await agent.start(instance, context)
         case "stop":

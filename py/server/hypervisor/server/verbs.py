@@ -11,6 +11,7 @@ from types import MappingProxyType
 from msgspec import structs
 
 from hypervisor.core.errors import Conflict, FailedPrecondition, NotFound, Unavailable, Unimplemented
+from hypervisor.core.images import Image
 from hypervisor.core.machines import SnapshotKind
 from hypervisor.core.model import Instance, Node, OperationRecord
 from hypervisor.core.states import DesiredState, InstanceStatus, NodeStatus
@@ -203,7 +204,9 @@ def instance_not_found(ref: InstanceRef) -> NotFound:
     )
 
 
-def check_version(found: Versioned[Instance] | Versioned[Node], wanted: int, *, what: str) -> None:
+def check_version(
+    found: Versioned[Instance] | Versioned[Node] | Versioned[Image], wanted: int, *, what: str
+) -> None:
     """Refuse to change something that is not as the caller saw it (``wanted`` 0: any version)."""
     if wanted and found.revision != wanted:
         raise Conflict(

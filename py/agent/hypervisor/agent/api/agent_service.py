@@ -19,6 +19,7 @@ from hypervisor.core.names import check_dns_label
 from hypervisor.core.resources import millicores
 from hypervisor.v1 import instance_pb2
 from hypervisor.wire.enums import INSTANCE_TYPE, SNAPSHOT_KIND
+from hypervisor.wire.images import source_from_wire
 from hypervisor.wire.instances import observation_to_wire, spec_from_wire
 from hypervisor.wire.machines import snapshot_to_wire
 from hypervisor.wire.nodes import driver_to_wire, resources_to_wire
@@ -98,6 +99,9 @@ class AgentService:
             labels=dict(request.labels),
             generation=ref.generation,
             epoch=ref.epoch,
+            sources=tuple(
+                source_from_wire(source, f"images[{index}]") for index, source in enumerate(request.images)
+            ),
         )
         return _reply(await self._manager.create(assignment, start=request.start))
 

@@ -6,6 +6,7 @@ import random
 import re
 import resource
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import structlog
 from msgspec.structs import replace
@@ -31,6 +32,7 @@ from hypervisor.agent.drivers.containerd.tracking import DRIVER_NAME, Live, Trac
 from hypervisor.agent.drivers.containerd.uninterrupted import uninterrupted
 from hypervisor.agent.drivers.containerd.updating import update_limits
 from hypervisor.agent.drivers.driver import VERBS, Assignment, Console, Handle
+from hypervisor.agent.drivers.local_images import local_image
 from hypervisor.agent.stats.cgroups import sampler_sources
 from hypervisor.agent.stats.sources import StatsSource
 from hypervisor.core.clock import Clock
@@ -113,7 +115,10 @@ class ContainerdDriver:
             raise InvalidArgument.of_field("id", f"{shorten(instance_id)} cannot name a container")
         if assignment.type is not InstanceType.CONTAINER:
             raise InvalidArgument.of_field("type", f"containerd runs containers, not {assignment.type}")
-        image = await self._images.resolve(assignment.spec.image)
+        local = local_image(assignment, "image")
+        image = await self._images.resolve(
+            assignment.spec.image, archive=None if local is None else Path(local.path)
+        )
         spec = build_runtime_spec(
             assignment.spec,
             hostname=assignment.name,
