@@ -146,9 +146,14 @@ class QemuVmm:
     async def launch(self, machine: Machine) -> Launch:
         """QEMU, stopped and waiting for QMP."""
         program = self._found()
+        setpriv = shutil.which("setpriv")
+        if setpriv is None:
+            raise _unavailable("setpriv is not there: apt-get install util-linux")
         qmp = _socket(machine)
         qmp.unlink(missing_ok=True)
-        command = build_command(machine, program=Path(program), accelerator=self._accelerator, qmp=qmp)
+        command = build_command(
+            machine, program=Path(program), setpriv=Path(setpriv), accelerator=self._accelerator, qmp=qmp
+        )
         return Launch(argv=command, env={"PATH": os.defpath, "LC_ALL": "C"})
 
     async def boot(self, machine: Machine, run: Run, state: SavedState | None = None) -> None:

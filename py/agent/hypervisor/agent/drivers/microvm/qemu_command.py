@@ -31,15 +31,21 @@ class Accelerator(StrEnum):
     TCG = "tcg"
 
 
-def build_command(machine: Machine, *, program: Path, accelerator: Accelerator, qmp: Path) -> tuple[str, ...]:
-    """The arguments, the program first. Files of the machine are named relative to its root."""
+def build_command(
+    machine: Machine, *, program: Path, setpriv: Path, accelerator: Accelerator, qmp: Path
+) -> tuple[str, ...]:
+    """The arguments, the program first. Files of the machine are named relative to its root.
+
+    ``setpriv``: that of util-linux; used where the machine has a user of its own. QEMU's sandbox cannot forbid gaining
+    privileges and still let QEMU change its user, which it does once it has opened what it needs.
+    """
     words = [
+        *((str(setpriv), "--no-new-privs", "--") if machine.uid else ()),
         str(program),
         "-no-user-config",
         "-nodefaults",
         *("-name", _options(guest=machine.instance_id, process=f"vm-{machine.instance_id}")),
         *("-uuid", str(uuid.uuid5(_NAMESPACE, machine.instance_id))),
-        # The user is changed after the sandbox has been entered; either way no program started by QEMU gains a right.
         *(
             "-sandbox",
             f"on,obsolete=deny,elevateprivileges={_privileges(machine)},spawn=deny,resourcecontrol=deny",
@@ -100,7 +106,7 @@ def vsock_cid(instance_id: str) -> int:
 
 
 def _privileges(machine: Machine) -> str:
-    return "children" if machine.uid else "deny"
+    return "allow" if machine.uid else "deny"
 
 
 def _options(**values: object) -> str:

@@ -7,6 +7,7 @@ one that refuses ``FailedPrecondition`` (``VMM_REFUSED``) with its words.
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 import struct
@@ -111,6 +112,8 @@ async def open_monitor(path: Path, *, clock: Clock, within_s: float = 0.0) -> As
     channel = await _connected(path, clock=clock, within_s=within_s)
     try:
         client = QMPClient("qemu")
+        # All it logs as errors is raised as well, and is none where it was expected (a process that ends).
+        client.logger = logging.Logger("qemu.qmp", level=logging.CRITICAL)
         # The client closes its own descriptor; this one stays for handing over files, which asyncio cannot.
         await _greet(client, channel.dup(), path)
         try:
