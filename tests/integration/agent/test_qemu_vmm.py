@@ -3,6 +3,7 @@
 import asyncio
 import os
 import stat
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from hypervisor.core.errors import (
     FailedPrecondition,
     HypervisorError,
     InvalidArgument,
+    ResourceExhausted,
     Unavailable,
     Unimplemented,
 )
@@ -89,6 +91,55 @@ async def test_a_saved_guest_goes_on_where_it_was_more_than_once(vmm: QemuVmm) -
             assert await vmm.phase(guest.machine) is VmmPhase.RUNNING
             assert await guest.answer("echo $word; rmdir /tmp/a; word=lost") == "kept"
             await guest.kill()
+
+
+async def test_conversations_at_the_same_time_wait_for_one_another_and_a_broken_one_is_tidied_up(
+    vmm: QemuVmm,
+) -> None:
+    async with VmmProcess(vmm) as guest:
+        await guest.start()
+        await guest.until_ready()
+        directory = state_directory(guest)
+        await vmm.pause(guest.machine)
+        saving = asyncio.ensure_future(vmm.save(guest.machine, directory, kind=SnapshotKind.FULL))
+        phases = await asyncio.gather(*(vmm.phase(guest.machine) for _ in range(8)))
+        saving.cancel()
+        await asyncio.gather(saving, return_exceptions=True)
+        if saving.cancelled():
+            assert os.listdir(directory) == []
+
+        await vmm.save(guest.machine, directory, kind=SnapshotKind.FULL)
+
+        assert set(phases) == {VmmPhase.PAUSED}
+        assert os.listdir(directory) == ["state.qcow2"]
+        await vmm.resume(guest.machine)
+        assert await guest.answer("echo on") == "on"
+
+
+def mount(*command: str) -> None:
+    subprocess.run(command, check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a disk that is full")
+async def test_a_state_that_does_not_fit_leaves_nothing_and_the_guest_goes_on(vmm: QemuVmm) -> None:
+    async with VmmProcess(vmm) as guest:
+        await guest.start()
+        await guest.until_ready()
+        directory = state_directory(guest)
+        await vmm.pause(guest.machine)
+        mount("mount", "-t", "tmpfs", "-o", "size=3M", "none", str(directory))
+        try:
+            for _ in range(2):
+                with pytest.raises(ResourceExhausted) as caught:
+                    await vmm.save(guest.machine, directory, kind=SnapshotKind.FULL)
+                assert caught.value.reason == "DISK_FULL"
+                assert os.listdir(directory) == []
+        finally:
+            # Lazily: QEMU keeps the file, which is gone, until its guest runs.
+            mount("umount", "--lazy", str(directory))
+
+        await vmm.resume(guest.machine)
+        assert await guest.answer("echo on") == "on"
 
 
 async def test_a_guest_that_was_saved_paused_stays_so_until_it_is_resumed(vmm: QemuVmm) -> None:
