@@ -1,6 +1,5 @@
 """Firecracker's API: HTTP with JSON over the unix socket of one VMM. See its firecracker.yaml for what is sent."""
 
-import asyncio
 import os
 import stat
 from collections.abc import Mapping
@@ -12,7 +11,13 @@ import aiohttp
 import msgspec
 
 from hypervisor.core.clock import Clock
-from hypervisor.core.errors import DeadlineExceeded, FailedPrecondition, HypervisorError, ResourceExhausted, Unavailable
+from hypervisor.core.errors import (
+    DeadlineExceeded,
+    FailedPrecondition,
+    HypervisorError,
+    ResourceExhausted,
+    Unavailable,
+)
 from hypervisor.core.names import shorten
 
 __all__ = ["FirecrackerApi", "parse_error"]
@@ -65,7 +70,9 @@ class FirecrackerApi:
 
     def _is_there(self) -> bool:
         try:
-            return stat.S_ISSOCK(os.stat(self._socket.name, dir_fd=self._directory, follow_symlinks=False).st_mode)
+            return stat.S_ISSOCK(
+                os.stat(self._socket.name, dir_fd=self._directory, follow_symlinks=False).st_mode
+            )
         except FileNotFoundError:
             return False
 
@@ -148,5 +155,3 @@ def parse_error(text: bytes, *, request: str, status: int) -> HypervisorError:
     return FailedPrecondition(
         f"Firecracker refused {request}: {shorten(message, 500)}", reason="VMM_REFUSED", metadata=metadata
     )
-
-

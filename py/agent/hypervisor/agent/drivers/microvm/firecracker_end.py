@@ -51,7 +51,9 @@ def end_of(log: Path, exit_code: int | None) -> End:
 
 def last_words(tail: str) -> str:
     """The lines of a log's end that tell of an error, without times, in at most 500 characters."""
-    told = [_STAMP.sub("", line) for line in tail.splitlines() if _TOLD.search(line) and "API server" not in line]
+    told = [
+        _STAMP.sub("", line) for line in tail.splitlines() if _TOLD.search(line) and "API server" not in line
+    ]
     return shorten("; ".join(dict.fromkeys(told[-3:])), 500)
 
 
