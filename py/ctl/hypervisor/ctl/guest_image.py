@@ -76,7 +76,7 @@ if [ -e /sys/class/net/eth0 ]; then
   [ -z "$GUEST_IP" ] || ip addr add "$GUEST_IP" dev eth0
   ip link set eth0 up
 fi
-[ ! -e /dev/input/event0 ] || acpid
+[ ! -e /dev/input/event0 ] || acpid -l /dev/null -p /run/acpid.pid
 # The shell would ask a terminal of no size for its cursor, again and again.
 stty rows 24 cols 80
 echo READY
