@@ -95,7 +95,7 @@ class MicrovmDriver:
         instance_id, spec = assignment.instance_id, assignment.spec
         options = spec.microvm or MicrovmOptions()
         choice = await self._chooser.choose(options.vmm)
-        sources = await open_sources(spec, self._config)
+        sources = await open_sources(assignment, self._config)
         uid = self._tracker.free_uid() if self._config.jail and os.geteuid() == 0 else 0
         record = _record(
             assignment, choice, uid=uid, initrd=sources.initrd is not None, disk=sources.disk_bytes > 0
