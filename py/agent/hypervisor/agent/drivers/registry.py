@@ -84,6 +84,8 @@ def _make_containerd(context: DriverContext) -> Driver:
 def _make_microvm(context: DriverContext) -> Driver:
     # Imported here: nodes without microVMs do not need an HTTP client.
     from hypervisor.agent.drivers.microvm import FirecrackerVmm, MicrovmConfig, MicrovmDriver
+    from hypervisor.agent.drivers.microvm.qemu import QemuVmm
+    from hypervisor.agent.drivers.microvm.qemu_command import Accelerator
 
     section, machines = context.microvm, context.machines
     config = MicrovmConfig(
@@ -98,7 +100,11 @@ def _make_microvm(context: DriverContext) -> Driver:
         first_uid=section.first_uid,
     )
     jailer = section.jailer if section.jail and os.geteuid() == 0 else None
-    vmms = (FirecrackerVmm(section.firecracker, jailer=jailer, clock=context.clock),)
+    vmms = (
+        FirecrackerVmm(section.firecracker, jailer=jailer, clock=context.clock),
+        QemuVmm(section.qemu, Accelerator.KVM, clock=context.clock),
+        QemuVmm(section.qemu, Accelerator.TCG, clock=context.clock),
+    )
     return MicrovmDriver(config, vmms, clock=context.clock, new_id=context.new_id)
 
 
