@@ -11,35 +11,12 @@ from msgspec.structs import replace
 
 from hvtest_driver_stats import sampled
 from hvtest_driver_watching import events_of, read_until, the_end
-from hvtest_microvms import FirecrackerBench, assignment, started
+from hvtest_microvms import FirecrackerBench, answer, assignment, pid_of, root_of, started
 from hypervisor.agent.drivers.microvm import MicrovmDriver
+from hypervisor.agent.drivers.microvm.records import RecordStore
 from hypervisor.core.errors import FailedPrecondition
 from hypervisor.core.machines import MicrovmOptions, RateLimit
 from hypervisor.core.states import InstanceStatus
-
-
-async def answer(driver: MicrovmDriver, instance_id: str, line: str, wanted: str) -> str:
-    """What the guest shows after a line, up to the wanted text."""
-    console = await driver.attach(instance_id)
-    try:
-        await console.write(f"{line}\n".encode())
-        return (await read_until(console, wanted.encode())).decode()
-    finally:
-        await console.close()
-
-
-def pid_of(node: FirecrackerBench, instance_id: str) -> int:
-    """The process of the VMM, by the instance's record."""
-    from hypervisor.agent.drivers.microvm.records import RecordStore
-
-    record = next(r for r in RecordStore(node.config.data_dir).load() if r.instance_id == instance_id)
-    assert record.run is not None
-    return record.run.pid
-
-
-def root_of(node: FirecrackerBench, instance_id: str) -> Path:
-    """Root of the jail."""
-    return node.vmm().root(node.config.data_dir / "instances" / instance_id)
 
 
 async def test_the_guest_has_the_memory_and_the_arguments_of_its_specification(
@@ -288,8 +265,6 @@ async def test_a_start_that_the_agent_did_not_survive_is_begun_anew(
     stray = pid_of(node, instance_id)
     await micro.aclose()
     # As if the agent had died between the spawning and the recording.
-    from hypervisor.agent.drivers.microvm.records import RecordStore
-
     store = RecordStore(node.config.data_dir)
     (record,) = store.load()
     store.save(replace(record, run=None, starting=True, started_at=None))

@@ -338,6 +338,7 @@ class MicrovmDriver:
         """As it is now."""
         live = await self._tracker.known(instance_id)
         if live.process is not None and live.process.ended:
+            # Its end is about to be told; nobody shall see it in between.
             async with self._tracker.locks.hold(instance_id):
                 await self._tracker.settle_ended(live)
         return self._tracker.observe(live)
@@ -345,7 +346,7 @@ class MicrovmDriver:
     async def list(self) -> tuple[Observation, ...]:
         """All that have a record."""
         await self._tracker.load()
-        return tuple(self._tracker.observe(live) for live in self._tracker.live.values())
+        return tuple([await self.get(instance_id) for instance_id in tuple(self._tracker.live)])
 
     async def stats_source(self, instance_id: str) -> StatsSource:
         """The control group of its VMM, and the tap of its first card."""
