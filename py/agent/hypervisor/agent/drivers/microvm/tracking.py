@@ -71,7 +71,11 @@ class Tracker:
         await asyncio.shield(self._loaded)
 
     async def _load(self) -> None:
-        for record in await asyncio.to_thread(lambda: tuple(self._store.load())):
+        try:
+            records = await asyncio.to_thread(lambda: tuple(self._store.load()))
+        except OSError as exc:
+            raise disk_error(exc, "what is known of microVMs", self._store.root) from exc
+        for record in records:
             if record.instance_id in self.live:
                 continue
             live = Live(record)
