@@ -220,7 +220,7 @@ async def allocation_is_sum(storage: Storage) -> dict[str, Allocation]:
         if item.key.startswith(keys.allocation("").path):
             held = decode(Allocation, item.value, key=item.key)
             placed = [i for i in instances if i.node_id == held.node_id]
-            assert held.reserved == sum((i.spec.resources for i in placed), ZERO), held
+            assert held.reserved == sum((i.holds for i in placed), ZERO), held
             assert held.instances == len(placed), held
             allocations[held.node_id] = held
     names = {i.key for i in page.items if i.key.startswith("/hypervisor/names/")}

@@ -14,9 +14,10 @@ from hypervisor.core.errors import HypervisorError, Internal, Unavailable
 from hypervisor.core.grpc_errors import from_rpc_error
 from hypervisor.core.images import ImageSource
 from hypervisor.core.machines import Snapshot, SnapshotKind
-from hypervisor.core.model import Instance, InstanceStats, Node, Observation
+from hypervisor.core.model import Instance, InstanceStats, Node, Observation, Sizes
+from hypervisor.core.resources import cores
 from hypervisor.server.agents import CallContext
-from hypervisor.server.agents_console import AgentConsole, open_console
+from hypervisor.server.agents_console import AgentConsole, attach_method, open_console
 from hypervisor.wire.consoles import log_options_to_wire, log_piece_from_wire
 from hypervisor.wire.enums import INSTANCE_TYPE, SNAPSHOT_KIND
 from hypervisor.wire.images import source_to_wire
@@ -51,6 +52,7 @@ class GrpcAgent:
 
     def __init__(self, channel: grpc.aio.Channel, *, hostname: str, address: str) -> None:
         self._stub: AgentServiceAsyncStub = agent_pb2_grpc.AgentServiceStub(channel)
+        self._attach_console = attach_method(channel)
         self._peer = f"the agent of node {hostname} at {address}"
         self._hostname = hostname
 
@@ -89,6 +91,12 @@ class GrpcAgent:
         request = agent_pb2.DeleteInstanceRequest(ref=_ref(instance), grace_period=duration_of(grace_s))
         reply = await self._call(self._stub.DeleteInstance, request, context)
         return reply.existed
+
+    async def update(self, instance: Instance, context: CallContext, *, sizes: Sizes) -> Observation:
+        request = agent_pb2.UpdateInstanceRequest(
+            ref=_ref(instance), cpu_cores=cores(sizes.cpu_millis), memory_mb=sizes.memory_mb
+        )
+        return self._observation(await self._call(self._stub.UpdateInstance, request, context))
 
     async def pause(self, instance: Instance, context: CallContext) -> Observation:
         return await self._act(self._stub.PauseInstance, instance, context)
@@ -149,7 +157,7 @@ class GrpcAgent:
         context: CallContext,
         options: ConsoleOptions,
     ) -> AgentConsole:
-        call = self._stub.AttachConsole(metadata=_metadata(context))
+        call = self._attach_console(metadata=_metadata(context))
         return await open_console(
             call,
             instance_id,

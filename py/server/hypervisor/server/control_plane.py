@@ -145,6 +145,7 @@ class ControlPlane:
             placer,
             agents,
             clock,
+            allocation=settings.allocation,
             new_id=new_id,
             last_stats=nodes.last_stats,
         )

@@ -228,7 +228,10 @@ class OperationExecutor:
             await self._end_failed(record, instance.value, exc, request_id=driven.request_id)
         else:
             if isinstance(reply, Observation):
-                await self._end(lambda d: outcomes.succeed(d, operation_id, reply, server_id=self._server_id))
+                lane = Lane.PLACEMENTS if record.verb == "update" else Lane.RECORDS
+                await self._end(
+                    lambda d: outcomes.succeed(d, operation_id, reply, server_id=self._server_id), lane=lane
+                )
             else:
                 await self._end(
                     lambda d: outcomes.remove(d, operation_id, server_id=self._server_id),
@@ -321,7 +324,10 @@ class OperationExecutor:
         elif isinstance(error, Cancelled):
             await self._undo_start(operation, instance, error, cleaning)
         else:
-            await self._end(lambda d: outcomes.fail(d, operation_id, server_id=server_id, error=error))
+            lane = Lane.PLACEMENTS if operation.verb == "update" else Lane.RECORDS
+            await self._end(
+                lambda d: outcomes.fail(d, operation_id, server_id=server_id, error=error), lane=lane
+            )
 
     async def _cleaned_up(self, operation: OperationRecord, instance: Instance, context: CallContext) -> bool:
         """Whether the node confirms that nothing of a failed create is left."""
@@ -427,6 +433,8 @@ async def _call(
             return await agent.restart(instance, context, grace_s=grace_s)
         case "delete":
             return await agent.delete(instance, context, grace_s=grace_s)
+        case "update" if operation.sizes is not None:
+            return await agent.update(instance, context, sizes=operation.sizes)
         case "pause":
             return await agent.pause(instance, context)
         case "resume":

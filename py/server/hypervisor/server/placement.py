@@ -129,7 +129,7 @@ class Placer:
 
     def without(self, instance: Instance) -> Snapshot:
         """What :meth:`look` showed last, as if the instance were not placed; a copy."""
-        return self._ledger.without(instance.id, instance.spec.resources)
+        return self._ledger.without(instance.id, instance.holds)
 
     def enter_terms(self, draft: Draft, order: InstanceDraft) -> None:
         """Enter the instance's terms in the register, as has to be done before it is placed."""
@@ -219,7 +219,7 @@ def release(draft: Draft, instance: Instance) -> None:
         raise Internal(f"node {instance.node_id} has instances and no allocation record")
     left = Allocation(
         node_id=instance.node_id,
-        reserved=held.value.reserved - instance.spec.resources,
+        reserved=held.value.reserved - instance.holds,
         instances=held.value.instances - 1,
     )
     if (

@@ -113,6 +113,7 @@ VERBS: Mapping[str, VerbRule] = MappingProxyType(
                 "NOT_RUNNING",
                 "there is no memory to put on disk",
             ),
+            VerbRule("update", _RUNS | _RESTS, None, None, "NOT_SETTLED", "wait for the work in progress"),
             *(
                 VerbRule(
                     verb,

@@ -61,12 +61,13 @@ VERBS = (
     "recover",
     "exit-events",
     "oom-events",
+    "update",
     "pause",
     "suspend",
     "snapshot",
     "snapshot-diff",
 )
-"""Verbs every driver lists in its capabilities, supported or not: the last four need what :mod:`.powers` describes."""
+"""Verbs every driver lists in its capabilities, supported or not: the last five need what :mod:`.powers` describes."""
 
 Handle = Mapping[str, str]
 

@@ -27,7 +27,7 @@ from hypervisor.agent.stats.sources import StatsSource
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import HypervisorError, Internal, NotFound, Unavailable
 from hypervisor.core.machines import Snapshot, SnapshotKind
-from hypervisor.core.model import Observation
+from hypervisor.core.model import Observation, Sizes
 from hypervisor.core.retry import Backoff
 from hypervisor.core.states import InstanceStatus
 
@@ -149,6 +149,10 @@ class Manager:
             return True
 
         return await self._act(ref.instance_id, work)
+
+    async def update(self, ref: InstanceRef, sizes: Sizes) -> Observation:
+        """Give it more or less of the node."""
+        return await self._ask(ref, "update", lambda driver: driver.update(ref.instance_id, sizes))
 
     async def pause(self, ref: InstanceRef) -> Observation:
         """Freeze it; one that is paused is left alone."""

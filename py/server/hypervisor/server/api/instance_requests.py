@@ -20,6 +20,7 @@ from hypervisor.wire.instances import spec_from_wire
 __all__ = [
     "InstanceRequest",
     "VersionedRequest",
+    "check_sizes",
     "draft_of",
     "draft_of_instance",
     "read_ref_of",
@@ -146,7 +147,7 @@ def draft_of_instance(
 def _check_spec(
     wrong: Violations, spec: instance_pb2.InstanceSpec, kind: InstanceType | None, at: str
 ) -> None:
-    _check_sizes(wrong, spec, at)
+    check_sizes(wrong, spec, at)
     _check_image(wrong, spec, kind, at)
     if kind is InstanceType.CONTAINER:
         _refuse_fields(wrong, spec, _MACHINE_FIELDS, at, "is for vm and microvm only: remove it")
@@ -170,7 +171,8 @@ def _check_spec(
         wrong.add(f"{at}node", f"is {len(spec.node)} characters long: give a node's id or host name")
 
 
-def _check_sizes(wrong: Violations, spec: instance_pb2.InstanceSpec, at: str) -> None:
+def check_sizes(wrong: Violations, spec: instance_pb2.InstanceSpec, at: str) -> None:
+    """Note amounts of processor, memory, disk and processes that are out of range."""
     cores = spec.cpu_cores
     if spec.HasField("cpu_cores") and not (math.isfinite(cores) and 0.001 <= cores <= _MAX_CPU_CORES):
         wrong.add(f"{at}cpu_cores", f"is {cores:g}: use 0.001 to {_MAX_CPU_CORES}, or leave it out for 1")

@@ -30,6 +30,7 @@ from hypervisor.agent.drivers.containerd.start_errors import explain_start_failu
 from hypervisor.agent.drivers.containerd.swap_limit import forbid_swap, specification_limits_swap
 from hypervisor.agent.drivers.containerd.tracking import DRIVER_NAME, Live, Tracker
 from hypervisor.agent.drivers.containerd.uninterrupted import uninterrupted
+from hypervisor.agent.drivers.containerd.updating import update_limits
 from hypervisor.agent.drivers.driver import VERBS, Assignment, Console, Handle
 from hypervisor.agent.drivers.local_images import local_image
 from hypervisor.agent.stats.cgroups import sampler_sources
@@ -44,7 +45,7 @@ from hypervisor.core.errors import (
     NotFound,
 )
 from hypervisor.core.ids import IdSource
-from hypervisor.core.model import Capability, ConsoleSize, DriverInfo, Observation
+from hypervisor.core.model import Capability, ConsoleSize, DriverInfo, Observation, Sizes
 from hypervisor.core.names import shorten
 from hypervisor.core.states import InstanceType
 
@@ -319,6 +320,12 @@ class ContainerdDriver:
         """Stop and start."""
         await self.stop(instance_id, grace_s=grace_s)
         return await self.start(instance_id)
+
+    async def update(self, instance_id: str, sizes: Sizes) -> Observation:
+        """Other limits, at once and for later starts."""
+        async with self._tracker.locks.hold(instance_id):
+            live = await self._tracker.known(instance_id)
+            return await uninterrupted(update_limits(self._runtime, self._tracker, live, sizes))
 
     async def pause(self, instance_id: str) -> Observation:
         """Freeze its control group."""
