@@ -323,6 +323,7 @@ async def test_no_qemu_is_unavailable_with_what_to_install(
 def test_what_only_firecracker_has_is_refused_by_name(
     vmm: QemuVmm, tmp_path: Path, options: MicrovmOptions, field: str
 ) -> None:
+    (vmm.root(tmp_path)).mkdir()
     machine = Machine(
         instance_id="i", directory=tmp_path, run_dir=tmp_path, vcpus=1, memory_mib=64, options=options
     )
