@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from hvtest_driver_contract import DriverContract
+from hvtest_driver_powers import PausingContract, SnapshottingContract, SuspendingContract
 from hypervisor.agent.drivers.fake import FakeConfig, FakeDriver
 from hypervisor.core.clock import SystemClock
 from hypervisor.core.model import InstanceSpec
@@ -42,7 +43,7 @@ class FakeBench:
         return {"files": left} if left else {}
 
 
-class TestFakeDriver(DriverContract):
+class TestFakeDriver(DriverContract, PausingContract, SuspendingContract, SnapshottingContract):
     @pytest.fixture
     def bench(self, tmp_path: Path) -> FakeBench:
         return FakeBench(tmp_path / "fake")

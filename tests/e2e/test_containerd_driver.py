@@ -10,6 +10,7 @@ import pytest
 from hvtest_containerd import PrivateContainerd, missing_programs
 from hvtest_containers import BUSYBOX, ContainerdBench, assignment, started, until
 from hvtest_driver_contract import DriverContract
+from hvtest_driver_powers import PausingContract
 from hvtest_driver_stats import sampled
 from hvtest_driver_watching import events_of, read_until, the_end
 from hvtest_hostile_archives import HOSTILE_ARCHIVES, docker_archive
@@ -32,7 +33,7 @@ def swap_limits_v2(containerd: PrivateContainerd) -> set[str]:
     return {path.read_text(encoding="ascii") for path in files}
 
 
-class TestDriverContract(DriverContract):
+class TestDriverContract(DriverContract, PausingContract):
     @pytest.fixture
     def bench(self, containerd: PrivateContainerd) -> Iterator[ContainerdBench]:
         yield ContainerdBench(containerd)  # noqa: PT022

@@ -11,7 +11,7 @@ from typing import TypeVar
 import msgspec
 
 from hypervisor.core.errors import Internal
-from hypervisor.core.machines import CloudInit, MicrovmOptions, NetworkInterface, VmOptions
+from hypervisor.core.machines import CloudInit, MicrovmOptions, NetworkInterface, SnapshotKind, VmOptions
 from hypervisor.core.resources import GIB, MIB, ZERO, Resources
 from hypervisor.core.states import (
     DesiredState,
@@ -420,6 +420,9 @@ class OperationRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     cancel_requested: bool = False
     grace_period_s: float | None = None
     """Of a stop, restart or delete: kept so that another server can finish it as it was asked for."""
+    snapshot: str = ""
+    """Of what is done with a snapshot: its name, likewise kept."""
+    snapshot_kind: SnapshotKind = SnapshotKind.FULL
     v: int = SCHEMA_VERSION
 
     @property

@@ -51,6 +51,7 @@ class DesiredState(StrEnum):
     RUNNING = "running"
     STOPPED = "stopped"
     DELETED = "deleted"
+    PAUSED = "paused"
 
 
 class NodeStatus(StrEnum):
@@ -117,12 +118,17 @@ _MOVES: Mapping[InstanceStatus, frozenset[InstanceStatus]] = MappingProxyType(
             {_S.STOPPING, _S.STOPPED, _S.PAUSED, _S.DELETING, _S.MIGRATING, _S.FAILED, _S.UNKNOWN}
         ),
         _S.STOPPING: frozenset({_S.STOPPED, _S.RUNNING, _S.FAILED, _S.DELETING, _S.UNKNOWN}),
-        _S.STOPPED: frozenset({_S.CREATING, _S.RUNNING, _S.FAILED, _S.DELETING, _S.MIGRATING, _S.UNKNOWN}),
+        # A snapshot of a paused guest can be gone back to from rest.
+        _S.STOPPED: frozenset(
+            {_S.CREATING, _S.RUNNING, _S.PAUSED, _S.FAILED, _S.DELETING, _S.MIGRATING, _S.UNKNOWN}
+        ),
         _S.PAUSED: frozenset({_S.RUNNING, _S.STOPPING, _S.STOPPED, _S.DELETING, _S.FAILED, _S.UNKNOWN}),
         # A delete that could not be finished leaves the instance as its node then shows it.
         _S.DELETING: frozenset({_S.FAILED, _S.UNKNOWN}),
         _S.MIGRATING: frozenset({_S.RUNNING, _S.STOPPED, _S.PAUSED, _S.FAILED, _S.UNKNOWN, _S.DELETING}),
-        _S.FAILED: frozenset({_S.CREATING, _S.RUNNING, _S.STOPPED, _S.DELETING, _S.SCHEDULED, _S.UNKNOWN}),
+        _S.FAILED: frozenset(
+            {_S.CREATING, _S.RUNNING, _S.PAUSED, _S.STOPPED, _S.DELETING, _S.SCHEDULED, _S.UNKNOWN}
+        ),
         # A node that comes back reports what its instances are; a lost one is placed again.
         _S.UNKNOWN: frozenset(set(_S) - {_S.PENDING}),
     }

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from hypervisor.core.consoles import ConsoleOptions, LogOptions, LogPiece
+from hypervisor.core.machines import Snapshot, SnapshotKind
 from hypervisor.core.model import Instance, InstanceStats, Node, Observation
 from hypervisor.server.services import ConsoleSession
 
@@ -97,6 +98,36 @@ class Agent(Protocol):
 
     async def delete(self, instance: Instance, context: CallContext, *, grace_s: float) -> bool:
         """Remove it and all it used; returns whether there was anything."""
+        ...
+
+    async def pause(self, instance: Instance, context: CallContext) -> Observation:
+        """Freeze it in memory; one that is paused is left alone."""
+        ...
+
+    async def resume(self, instance: Instance, context: CallContext) -> Observation:
+        """Let it go on; one that runs is left alone."""
+        ...
+
+    async def suspend(self, instance: Instance, context: CallContext) -> Observation:
+        """Put its memory on disk and end it; one that is suspended is left alone."""
+        ...
+
+    async def create_snapshot(
+        self, instance: Instance, context: CallContext, *, name: str, kind: SnapshotKind
+    ) -> Observation:
+        """Keep its present state; one that is kept already under that name is left alone."""
+        ...
+
+    async def list_snapshots(self, instance: Instance, context: CallContext) -> tuple[Snapshot, ...]:
+        """What is kept of it, oldest first."""
+        ...
+
+    async def restore_snapshot(self, instance: Instance, context: CallContext, *, name: str) -> Observation:
+        """Go back to what was kept. ``NotFound`` (``SNAPSHOT_NOT_FOUND``)."""
+        ...
+
+    async def delete_snapshot(self, instance: Instance, context: CallContext, *, name: str) -> Observation:
+        """Forget what was kept; one that is not there is no error."""
         ...
 
     async def list(self, context: CallContext) -> tuple[Observation, ...]:

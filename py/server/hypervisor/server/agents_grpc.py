@@ -12,12 +12,14 @@ from hypervisor.agent.v1 import agent_pb2, agent_pb2_grpc
 from hypervisor.core.consoles import ConsoleOptions, LogOptions, LogPiece
 from hypervisor.core.errors import HypervisorError, Internal, Unavailable
 from hypervisor.core.grpc_errors import from_rpc_error
+from hypervisor.core.machines import Snapshot, SnapshotKind
 from hypervisor.core.model import Instance, InstanceStats, Node, Observation
 from hypervisor.server.agents import CallContext
 from hypervisor.server.agents_console import AgentConsole, open_console
 from hypervisor.wire.consoles import log_options_to_wire, log_piece_from_wire
-from hypervisor.wire.enums import INSTANCE_TYPE
+from hypervisor.wire.enums import INSTANCE_TYPE, SNAPSHOT_KIND
 from hypervisor.wire.instances import observation_from_wire, spec_to_wire
+from hypervisor.wire.machines import snapshot_from_wire
 from hypervisor.wire.stats import stats_from_wire
 from hypervisor.wire.times import duration_of
 
@@ -83,6 +85,36 @@ class GrpcAgent:
         reply = await self._call(self._stub.DeleteInstance, request, context)
         return reply.existed
 
+    async def pause(self, instance: Instance, context: CallContext) -> Observation:
+        return await self._act(self._stub.PauseInstance, instance, context)
+
+    async def resume(self, instance: Instance, context: CallContext) -> Observation:
+        return await self._act(self._stub.ResumeInstance, instance, context)
+
+    async def suspend(self, instance: Instance, context: CallContext) -> Observation:
+        return await self._act(self._stub.SuspendInstance, instance, context)
+
+    async def create_snapshot(
+        self, instance: Instance, context: CallContext, *, name: str, kind: SnapshotKind
+    ) -> Observation:
+        request = agent_pb2.SnapshotRequest(
+            ref=_ref(instance), snapshot=name, kind=SNAPSHOT_KIND.to_wire(kind)
+        )
+        return self._observation(await self._call(self._stub.CreateSnapshot, request, context))
+
+    async def list_snapshots(self, instance: Instance, context: CallContext) -> tuple[Snapshot, ...]:
+        request = agent_pb2.InstanceActionRequest(ref=_ref(instance))
+        reply = await self._call(self._stub.ListSnapshots, request, context)
+        return tuple(snapshot_from_wire(snapshot) for snapshot in reply.snapshots)
+
+    async def restore_snapshot(self, instance: Instance, context: CallContext, *, name: str) -> Observation:
+        request = agent_pb2.SnapshotRequest(ref=_ref(instance), snapshot=name)
+        return self._observation(await self._call(self._stub.RestoreSnapshot, request, context))
+
+    async def delete_snapshot(self, instance: Instance, context: CallContext, *, name: str) -> Observation:
+        request = agent_pb2.SnapshotRequest(ref=_ref(instance), snapshot=name)
+        return self._observation(await self._call(self._stub.DeleteSnapshot, request, context))
+
     async def list(self, context: CallContext) -> tuple[Observation, ...]:
         request = agent_pb2.ListLocalInstancesRequest()
         reply = await self._call(self._stub.ListLocalInstances, request, context)
@@ -132,6 +164,15 @@ class GrpcAgent:
                     yield log_piece_from_wire(chunk)
         finally:
             call.cancel()
+
+    async def _act(
+        self,
+        method: Callable[..., Awaitable[agent_pb2.InstanceReply]],
+        instance: Instance,
+        context: CallContext,
+    ) -> Observation:
+        request = agent_pb2.InstanceActionRequest(ref=_ref(instance))
+        return self._observation(await self._call(method, request, context))
 
     async def _call(self, method: Callable[..., Awaitable[R]], request: object, context: CallContext) -> R:
         with self._translated():

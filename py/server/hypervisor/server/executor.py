@@ -64,9 +64,16 @@ class ExecutorSettings:
 
     def time_for(self, verb: str, grace_s: float | None) -> float:
         """How long an operation may take from its acceptance."""
-        base = {"create": self.create_s, "start": self.start_s, "delete": self.delete_s}.get(
-            verb, self.stop_s
-        )
+        match verb:
+            case "create" | "suspend" | "create-snapshot" | "restore-snapshot":
+                # All of these may move as much data as a disk or a memory holds.
+                base = self.create_s
+            case "start":
+                base = self.start_s
+            case "delete" | "delete-snapshot":
+                base = self.delete_s
+            case _:
+                base = self.stop_s
         return base + (grace_s or 0.0) + (self.start_s if verb == "restart" else 0.0)
 
 
@@ -408,6 +415,20 @@ async def _call(
             return await agent.restart(instance, context, grace_s=grace_s)
         case "delete":
             return await agent.delete(instance, context, grace_s=grace_s)
+        case "pause":
+            return await agent.pause(instance, context)
+        case "resume":
+            return await agent.resume(instance, context)
+        case "suspend":
+            return await agent.suspend(instance, context)
+        case "create-snapshot":
+            return await agent.create_snapshot(
+                instance, context, name=operation.snapshot, kind=operation.snapshot_kind
+            )
+        case "restore-snapshot":
+            return await agent.restore_snapshot(instance, context, name=operation.snapshot)
+        case "delete-snapshot":
+            return await agent.delete_snapshot(instance, context, name=operation.snapshot)
         case verb:
             raise Internal(f"operation {operation.id} has a verb no executor knows: {verb}")
 

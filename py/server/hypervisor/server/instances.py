@@ -8,6 +8,7 @@ from hypervisor.core.clock import Clock
 from hypervisor.core.consoles import ConsoleOptions, LogOptions, LogPiece
 from hypervisor.core.errors import Conflict, FailedPrecondition, NotFound
 from hypervisor.core.ids import IdSource
+from hypervisor.core.machines import Snapshot, SnapshotKind
 from hypervisor.core.model import Instance, InstanceStats, Node, OperationRecord
 from hypervisor.core.states import ACTIVE, NodeStatus
 from hypervisor.server import keys
@@ -43,6 +44,7 @@ __all__ = ["InstanceService", "check_project"]
 _ONLY_PROJECT = "default"
 _STATS_TIMEOUT_S = 10.0
 _CONSOLE_TIMEOUT_S = 10.0
+_SNAPSHOTS_TIMEOUT_S = 10.0
 
 
 class InstanceService:
@@ -131,6 +133,36 @@ class InstanceService:
     ) -> Versioned[OperationRecord]:
         return await self._begin("delete", ref, mutation, grace_s=options.grace_s, force=force)
 
+    async def pause(self, ref: InstanceRef, mutation: Mutation) -> Versioned[OperationRecord]:
+        return await self._begin("pause", ref, mutation)
+
+    async def resume(self, ref: InstanceRef, mutation: Mutation) -> Versioned[OperationRecord]:
+        return await self._begin("resume", ref, mutation)
+
+    async def suspend(self, ref: InstanceRef, mutation: Mutation) -> Versioned[OperationRecord]:
+        return await self._begin("suspend", ref, mutation)
+
+    async def create_snapshot(
+        self, ref: InstanceRef, mutation: Mutation, *, name: str, kind: SnapshotKind
+    ) -> Versioned[OperationRecord]:
+        return await self._begin("create-snapshot", ref, mutation, snapshot=name, snapshot_kind=kind)
+
+    async def restore_snapshot(
+        self, ref: InstanceRef, mutation: Mutation, *, name: str
+    ) -> Versioned[OperationRecord]:
+        return await self._begin("restore-snapshot", ref, mutation, snapshot=name)
+
+    async def delete_snapshot(
+        self, ref: InstanceRef, mutation: Mutation, *, name: str
+    ) -> Versioned[OperationRecord]:
+        return await self._begin("delete-snapshot", ref, mutation, snapshot=name)
+
+    async def snapshots(self, ref: InstanceRef, caller: Caller) -> tuple[Snapshot, ...]:
+        instance, node = self._placed(ref)
+        check_capability(instance, node, "snapshot")
+        context = CallContext(caller.request_id, _SNAPSHOTS_TIMEOUT_S)
+        return await self._agents.agent(node).list_snapshots(instance, context)
+
     async def _begin(
         self,
         verb: str,
@@ -139,8 +171,17 @@ class InstanceService:
         *,
         grace_s: float | None = None,
         force: bool = False,
+        snapshot: str = "",
+        snapshot_kind: SnapshotKind = SnapshotKind.FULL,
     ) -> Versioned[OperationRecord]:
-        operation = self._operations.open(verb, mutation, object_kind=Kind.INSTANCE, grace_s=grace_s)
+        operation = self._operations.open(
+            verb,
+            mutation,
+            object_kind=Kind.INSTANCE,
+            grace_s=grace_s,
+            snapshot=snapshot,
+            snapshot_kind=snapshot_kind,
+        )
         deadline = self._executor.settings.deadline(self._clock.now(), verb, grace_s=grace_s)
         decided = await self._committer.commit(
             lambda d: begin(d, VERBS[verb], ref, operation=operation, deadline=deadline, force=force),

@@ -120,6 +120,7 @@ def _merge(instance: Instance, seen: Observation, *, now: datetime) -> Instance 
         started_at=seen.started_at or instance.started_at,
         finished_at=None if running else seen.finished_at or instance.finished_at,
         runtime=seen.runtime or instance.runtime,
+        runtime_reason=seen.runtime_reason if seen.runtime else instance.runtime_reason,
     )
     if merged == instance:
         return None

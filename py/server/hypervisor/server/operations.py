@@ -9,6 +9,7 @@ from msgspec import structs
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import FailedPrecondition, NotFound
 from hypervisor.core.ids import IdSource, derived_id
+from hypervisor.core.machines import SnapshotKind
 from hypervisor.core.model import OperationRecord
 from hypervisor.core.states import OperationState
 from hypervisor.server import keys
@@ -86,6 +87,8 @@ class OperationService:
         object_name: str = "",
         project: str = "",
         grace_s: float | None = None,
+        snapshot: str = "",
+        snapshot_kind: SnapshotKind = SnapshotKind.FULL,
     ) -> OperationRecord:
         """A new operation, not recorded yet. Its id follows from caller and request_id where there is one."""
         caller, request_id = mutation.caller, mutation.request_id
@@ -102,6 +105,8 @@ class OperationService:
             payload_digest=mutation.payload_digest,
             server_id=self._server_id,
             grace_period_s=grace_s,
+            snapshot=snapshot,
+            snapshot_kind=snapshot_kind,
         )
 
     def repeated(self, draft: Draft, opened: OperationRecord) -> OperationRecord | None:

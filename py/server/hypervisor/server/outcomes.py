@@ -32,6 +32,13 @@ __all__ = [
 TAKEN_OVER = "OPERATION_TAKEN_OVER"
 
 _NOTHING_BEGUN = frozenset({"DRIVER_UNAVAILABLE", "JOURNAL_FULL", "CAPABILITY_MISSING"})
+_ENDS = frozenset({"stop", "suspend"})
+"""Verbs that end a run and, where they come to nothing, leave it."""
+_WANTED = {
+    InstanceStatus.RUNNING: DesiredState.RUNNING,
+    InstanceStatus.PAUSED: DesiredState.PAUSED,
+    InstanceStatus.STOPPED: DesiredState.STOPPED,
+}
 _FAILED_REASONS = {"start": "START_FAILED", "restart": "RESTART_FAILED", "delete": "DELETE_FAILED"}
 
 
@@ -64,6 +71,9 @@ def succeed(
     if instance is not None:
         if error is not None:
             instance = structs.replace(instance, desired=_desired_after(operation, instance, error))
+        elif operation.verb == "restore-snapshot":
+            # What was wanted when the snapshot was taken is wanted again.
+            instance = structs.replace(instance, desired=_WANTED.get(reply.status, instance.desired))
         draft.put(keys.instance(instance.id), settle(instance, reply, now=draft.now))
     return _end(draft, operation, error)
 
@@ -106,7 +116,7 @@ def cleanup_later(
 
 
 def fail(draft: Draft, operation_id: str, *, server_id: str, error: HypervisorError) -> OperationRecord:
-    """A start, stop, restart or delete failed: the instance stays, as far as that is known, as it is."""
+    """An operation on an instance that is there failed: it stays, as far as that is known, as it is."""
     operation = _driven(draft, operation_id, server_id=server_id)
     instance = _held(draft, operation)
     if instance is not None:
@@ -208,15 +218,19 @@ def _end(draft: Draft, operation: OperationRecord, error: HypervisorError | None
 
 
 def _desired_after(operation: OperationRecord, instance: Instance, error: HypervisorError) -> DesiredState:
-    """What is wanted of the instance after a start, stop, restart or delete that came to nothing: what was before.
+    """What is wanted of the instance after an operation that came to nothing: what was before.
 
     An end of the instance is judged by it: one that nobody wants any more is no failure, and the other way round.
     """
     match operation.verb:
         case "start" if isinstance(error, Cancelled):
             return DesiredState.STOPPED
-        case "stop" if instance.status is InstanceStatus.STOPPING and not unclear(error):
+        case "stop" | "suspend" if instance.status is InstanceStatus.STOPPING and not unclear(error):
             return DesiredState.RUNNING
+        case "pause" if not unclear(error):
+            return DesiredState.RUNNING
+        case "resume" if not unclear(error):
+            return DesiredState.PAUSED
         case "delete" if not unclear(error):
             return DesiredState.STOPPED
     return instance.desired
@@ -228,11 +242,11 @@ def _after_failure(verb: str, instance: Instance, error: HypervisorError) -> tup
     if unclear(error):
         return InstanceStatus.UNKNOWN, error.reason
     if status not in (InstanceStatus.STOPPING, InstanceStatus.CREATING, InstanceStatus.DELETING):
-        settled = status if nothing_begun(error) or verb == "stop" else InstanceStatus.FAILED
+        settled = status if nothing_begun(error) or verb not in _FAILED_REASONS else InstanceStatus.FAILED
         return settled, instance.status_reason if settled is status else _FAILED_REASONS[verb]
     if nothing_begun(error):
         # What it was before is not on record: let the node tell.
         return InstanceStatus.UNKNOWN, error.reason
-    if verb == "stop":
+    if verb in _ENDS:
         return InstanceStatus.RUNNING, ""
     return InstanceStatus.FAILED, _FAILED_REASONS[verb]

@@ -15,6 +15,7 @@ from typing import Generic, Protocol, TypeVar
 import msgspec
 
 from hypervisor.core.consoles import ConsoleOptions, LogOptions, LogPiece
+from hypervisor.core.machines import Snapshot, SnapshotKind
 from hypervisor.core.model import (
     Allocation,
     ConsoleSize,
@@ -231,6 +232,28 @@ class Instances(Protocol):
     async def delete(
         self, ref: InstanceRef, mutation: Mutation, *, options: StopOptions, force: bool
     ) -> Versioned[OperationRecord]: ...
+
+    async def pause(self, ref: InstanceRef, mutation: Mutation) -> Versioned[OperationRecord]: ...
+
+    async def resume(self, ref: InstanceRef, mutation: Mutation) -> Versioned[OperationRecord]: ...
+
+    async def suspend(self, ref: InstanceRef, mutation: Mutation) -> Versioned[OperationRecord]: ...
+
+    async def create_snapshot(
+        self, ref: InstanceRef, mutation: Mutation, *, name: str, kind: SnapshotKind
+    ) -> Versioned[OperationRecord]: ...
+
+    async def restore_snapshot(
+        self, ref: InstanceRef, mutation: Mutation, *, name: str
+    ) -> Versioned[OperationRecord]: ...
+
+    async def delete_snapshot(
+        self, ref: InstanceRef, mutation: Mutation, *, name: str
+    ) -> Versioned[OperationRecord]: ...
+
+    async def snapshots(self, ref: InstanceRef, caller: Caller) -> tuple[Snapshot, ...]:
+        """What is kept of it on its node, oldest first."""
+        ...
 
     def resolve(self, ref: InstanceRef) -> Versioned[Instance]:
         """The instance meant, from memory. NotFound (INSTANCE_NOT_FOUND), Conflict (RESOURCE_VERSION_MISMATCH)."""

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from msgspec import structs
 
 from hypervisor.core.errors import Conflict, FailedPrecondition, NotFound, Unavailable, Unimplemented
+from hypervisor.core.machines import SnapshotKind
 from hypervisor.core.model import Instance, Node, OperationRecord
 from hypervisor.core.states import DesiredState, InstanceStatus, NodeStatus
 from hypervisor.server import keys
@@ -40,14 +41,24 @@ CANCELLABLE = frozenset({"create", "start"})
 
 @dataclass(frozen=True, slots=True)
 class VerbRule:
-    """In which states a verb may begin, what it makes of the record, and the error for other states."""
+    """In which states a verb may begin, what it makes of the record, and the error for other states.
+
+    ``begun`` and ``desired`` None: as they are. ``capability``: what the instance's driver has to be able to do.
+    """
 
     verb: str
     allowed: frozenset[InstanceStatus]
     begun: InstanceStatus | None
-    desired: DesiredState
+    desired: DesiredState | None
     refusal: str
     advice: str
+    capability: str = ""
+
+    def needs(self, operation: OperationRecord) -> str:
+        """The capability that the operation needs of the instance's driver."""
+        if self.verb == "create-snapshot" and operation.snapshot_kind is SnapshotKind.DIFF:
+            return "snapshot-diff"
+        return self.capability or self.verb
 
 
 VERBS: Mapping[str, VerbRule] = MappingProxyType(
@@ -75,6 +86,43 @@ VERBS: Mapping[str, VerbRule] = MappingProxyType(
                 DesiredState.DELETED,
                 "INSTANCE_RUNNING",
                 "stop it first, or delete it with force",
+            ),
+            VerbRule(
+                "pause",
+                frozenset({_S.RUNNING}),
+                None,
+                DesiredState.PAUSED,
+                "NOT_RUNNING",
+                "only what runs can be paused",
+            ),
+            VerbRule(
+                "resume",
+                frozenset({_S.PAUSED}),
+                None,
+                DesiredState.RUNNING,
+                "NOT_PAUSED",
+                "there is nothing to resume",
+                capability="pause",
+            ),
+            VerbRule(
+                "suspend",
+                _RUNS,
+                _S.STOPPING,
+                DesiredState.STOPPED,
+                "NOT_RUNNING",
+                "there is no memory to put on disk",
+            ),
+            *(
+                VerbRule(
+                    verb,
+                    _RUNS | _RESTS,
+                    None,
+                    None,
+                    "NOT_SETTLED",
+                    "wait for the work in progress",
+                    capability="snapshot",
+                )
+                for verb in ("create-snapshot", "restore-snapshot", "delete-snapshot")
             ),
         )
     }
@@ -109,7 +157,7 @@ def begin(
             metadata={"operation_id": instance.operation_id, "instance_id": instance.id},
         )
     node = draft.peek(keys.node(instance.node_id))
-    _check_state(rule, instance, node.value if node else None, force=force)
+    _check_state(rule, instance, node.value if node else None, operation=operation, force=force)
     runs = instance.status in _RUNS
     begun = rule.begun if runs or rule.verb == "delete" else None
     draft.put(
@@ -118,7 +166,7 @@ def begin(
             instance,
             status=begun or instance.status,
             status_message="" if begun else instance.status_message,
-            desired=rule.desired,
+            desired=rule.desired or instance.desired,
             operation_id=operation.id,
             transition_deadline=deadline,
             updated_at=draft.now,
@@ -201,7 +249,9 @@ def node_unreachable(instance: Instance, node: Node | None) -> Unavailable:
     )
 
 
-def _check_state(rule: VerbRule, instance: Instance, node: Node | None, *, force: bool) -> None:
+def _check_state(
+    rule: VerbRule, instance: Instance, node: Node | None, *, operation: OperationRecord, force: bool
+) -> None:
     deleting = rule.desired is DesiredState.DELETED
     if instance.desired is DesiredState.DELETED and not deleting:
         raise FailedPrecondition(
@@ -213,11 +263,12 @@ def _check_state(rule: VerbRule, instance: Instance, node: Node | None, *, force
         raise node_unreachable(instance, node)
     refused = instance.status not in rule.allowed and instance.status is not InstanceStatus.UNKNOWN
     if refused or (deleting and instance.status in _RUNS and not force):
+        paused = rule.verb == "start" and instance.status is InstanceStatus.PAUSED
         raise FailedPrecondition(
-            f"instance {instance.name} is {instance.status.value}: {rule.advice}",
+            f"instance {instance.name} is {instance.status.value}: {'resume it' if paused else rule.advice}",
             reason=rule.refusal,
             metadata={"instance_id": instance.id, "status": instance.status.value},
         )
     if not deleting:
         # Deleting is tried even without a working driver: the agent knows best what is left of the instance.
-        check_capability(instance, node, rule.verb)
+        check_capability(instance, node, rule.needs(operation))

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from hypervisor.core import states
+from hypervisor.core import machines, states
 from hypervisor.core.errors import InvalidArgument
 from hypervisor.v1 import instance_pb2, node_pb2, operation_pb2
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # the name exists in the type stubs only
 
 __all__ = [
     "DESIRED_STATE",
+    "FIRMWARE",
     "INSTANCE_STATUS",
     "INSTANCE_TYPE",
     "LABEL_OPERATOR",
@@ -20,8 +21,10 @@ __all__ = [
     "NODE_STATUS",
     "OPERATION_STATE",
     "PLACEMENT_POLICY",
+    "SNAPSHOT_KIND",
     "TAINT_EFFECT",
     "TOLERATION_OPERATOR",
+    "VMM",
     "EnumMap",
 ]
 
@@ -67,3 +70,6 @@ OPERATION_STATE = EnumMap(states.OperationState, operation_pb2.OperationState, "
 LABEL_OPERATOR = EnumMap(states.LabelOperator, instance_pb2.LabelConstraint.Operator, "OPERATOR")
 TAINT_EFFECT = EnumMap(states.TaintEffect, instance_pb2.TaintEffect, "TAINT_EFFECT")
 TOLERATION_OPERATOR = EnumMap(states.TolerationOperator, instance_pb2.Toleration.Operator, "OPERATOR")
+FIRMWARE = EnumMap(machines.Firmware, instance_pb2.Firmware, "FIRMWARE")
+VMM = EnumMap(machines.VmmChoice, instance_pb2.Vmm, "VMM")
+SNAPSHOT_KIND = EnumMap(machines.SnapshotKind, instance_pb2.SnapshotKind, "SNAPSHOT_KIND")

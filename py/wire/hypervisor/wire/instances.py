@@ -16,6 +16,16 @@ from hypervisor.wire.constraints import (
     toleration_to_wire,
 )
 from hypervisor.wire.enums import DESIRED_STATE, INSTANCE_STATUS, INSTANCE_TYPE, PLACEMENT_POLICY
+from hypervisor.wire.machines import (
+    cloud_init_from_wire,
+    cloud_init_to_wire,
+    microvm_from_wire,
+    microvm_to_wire,
+    network_from_wire,
+    network_to_wire,
+    vm_from_wire,
+    vm_to_wire,
+)
 from hypervisor.wire.stats import stats_to_wire
 from hypervisor.wire.times import datetime_of, timestamp_of
 
@@ -49,6 +59,10 @@ def spec_to_wire(spec: InstanceSpec) -> instance_pb2.InstanceSpec:
         affinity=map(affinity_to_wire, spec.affinity),
         anti_affinity=map(affinity_to_wire, spec.anti_affinity),
         spread=map(spread_to_wire, spec.spread),
+        cloud_init=cloud_init_to_wire(spec.cloud_init),
+        networks=map(network_to_wire, spec.networks),
+        vm=vm_to_wire(spec.vm),
+        microvm=microvm_to_wire(spec.microvm),
     )
 
 
@@ -73,6 +87,10 @@ def spec_from_wire(spec: instance_pb2.InstanceSpec) -> InstanceSpec:
         affinity=tuple(map(affinity_from_wire, spec.affinity)),
         anti_affinity=tuple(map(affinity_from_wire, spec.anti_affinity)),
         spread=tuple(map(spread_from_wire, spec.spread)),
+        cloud_init=cloud_init_from_wire(spec),
+        networks=tuple(map(network_from_wire, spec.networks)),
+        vm=vm_from_wire(spec),
+        microvm=microvm_from_wire(spec),
     )
 
 
@@ -101,6 +119,7 @@ def instance_to_wire(
         resource_version=resource_version,
         operation_id=instance.operation_id,
         runtime=instance.runtime,
+        runtime_reason=instance.runtime_reason,
         updated_at=timestamp_of(instance.updated_at),
         placement=None if instance.placement is None else record_to_wire(instance.placement),
     )
@@ -123,6 +142,7 @@ def observation_to_wire(seen: Observation) -> cluster_pb2.InstanceObservation:
         observed_at=timestamp_of(seen.observed_at),
         sequence=seen.sequence,
         runtime=seen.runtime,
+        runtime_reason=seen.runtime_reason,
     )
     if seen.exit_code is not None:
         message.exit_code = seen.exit_code
@@ -147,4 +167,5 @@ def observation_from_wire(seen: cluster_pb2.InstanceObservation) -> Observation:
         started_at=datetime_of(seen.started_at),
         finished_at=datetime_of(seen.finished_at),
         runtime=seen.runtime,
+        runtime_reason=seen.runtime_reason,
     )

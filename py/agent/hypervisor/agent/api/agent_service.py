@@ -13,10 +13,13 @@ from hypervisor.agent.stats.service import FRESH_S, StatsService
 from hypervisor.agent.v1 import agent_pb2
 from hypervisor.core.errors import FieldViolation, InvalidArgument, Unimplemented
 from hypervisor.core.ids import is_id
+from hypervisor.core.machines import SnapshotKind
 from hypervisor.core.model import Observation
+from hypervisor.core.names import check_dns_label
 from hypervisor.v1 import instance_pb2
-from hypervisor.wire.enums import INSTANCE_TYPE
+from hypervisor.wire.enums import INSTANCE_TYPE, SNAPSHOT_KIND
 from hypervisor.wire.instances import observation_to_wire, spec_from_wire
+from hypervisor.wire.machines import snapshot_to_wire
 from hypervisor.wire.nodes import driver_to_wire, resources_to_wire
 from hypervisor.wire.rpc import Call, Handler
 from hypervisor.wire.stats import stats_to_wire
@@ -57,6 +60,13 @@ class AgentService:
             "StopInstance": self.stop_instance,
             "DeleteInstance": self.delete_instance,
             "RestartInstance": self.restart_instance,
+            "PauseInstance": self.pause_instance,
+            "ResumeInstance": self.resume_instance,
+            "SuspendInstance": self.suspend_instance,
+            "CreateSnapshot": self.create_snapshot,
+            "ListSnapshots": self.list_snapshots,
+            "RestoreSnapshot": self.restore_snapshot,
+            "DeleteSnapshot": self.delete_snapshot,
             "GetNodeResources": self.get_node_resources,
             "ListLocalInstances": self.list_local_instances,
             "GetInstanceStats": self.get_instance_stats,
@@ -107,6 +117,38 @@ class AgentService:
     ) -> agent_pb2.DeleteInstanceReply:
         existed = await self._manager.delete(_ref(request.ref), grace_s=_grace(request))
         return agent_pb2.DeleteInstanceReply(existed=existed)
+
+    async def pause_instance(
+        self, request: agent_pb2.InstanceActionRequest, _: Call
+    ) -> agent_pb2.InstanceReply:
+        return _reply(await self._manager.pause(_ref(request.ref)))
+
+    async def resume_instance(
+        self, request: agent_pb2.InstanceActionRequest, _: Call
+    ) -> agent_pb2.InstanceReply:
+        return _reply(await self._manager.resume(_ref(request.ref)))
+
+    async def suspend_instance(
+        self, request: agent_pb2.InstanceActionRequest, _: Call
+    ) -> agent_pb2.InstanceReply:
+        return _reply(await self._manager.suspend(_ref(request.ref)))
+
+    async def create_snapshot(self, request: agent_pb2.SnapshotRequest, _: Call) -> agent_pb2.InstanceReply:
+        kind = SNAPSHOT_KIND.required(request.kind, "kind") if request.kind else SnapshotKind.FULL
+        seen = await self._manager.create_snapshot(_ref(request.ref), _snapshot(request), kind=kind)
+        return _reply(seen)
+
+    async def list_snapshots(
+        self, request: agent_pb2.InstanceActionRequest, _: Call
+    ) -> agent_pb2.ListSnapshotsReply:
+        found = await self._manager.list_snapshots(_ref(request.ref))
+        return agent_pb2.ListSnapshotsReply(snapshots=map(snapshot_to_wire, found))
+
+    async def restore_snapshot(self, request: agent_pb2.SnapshotRequest, _: Call) -> agent_pb2.InstanceReply:
+        return _reply(await self._manager.restore_snapshot(_ref(request.ref), _snapshot(request)))
+
+    async def delete_snapshot(self, request: agent_pb2.SnapshotRequest, _: Call) -> agent_pb2.InstanceReply:
+        return _reply(await self._manager.delete_snapshot(_ref(request.ref), _snapshot(request)))
 
     async def get_node_resources(
         self, _request: agent_pb2.GetNodeResourcesRequest, _: Call
@@ -163,6 +205,13 @@ def _instance_id(instance_id: str) -> str:
     if not instance_id or len(instance_id) > 128:
         raise InvalidArgument.of_field("instance_id", "is required: give an instance id")
     return instance_id
+
+
+def _snapshot(request: agent_pb2.SnapshotRequest) -> str:
+    wrong = check_dns_label("snapshot", request.snapshot)
+    if wrong is not None:
+        raise InvalidArgument.of_fields((wrong,))
+    return request.snapshot
 
 
 def _ref(ref: agent_pb2.InstanceRef) -> InstanceRef:

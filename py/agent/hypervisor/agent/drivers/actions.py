@@ -14,6 +14,7 @@ import msgspec
 import structlog
 
 from hypervisor.agent.drivers.driver import Assignment, Driver
+from hypervisor.agent.drivers.guard import GuardedDriver
 from hypervisor.agent.drivers.health import DriverHealth
 from hypervisor.agent.drivers.instances import LocalInstances, Slot
 from hypervisor.agent.entries import Entry, Phase
@@ -108,6 +109,28 @@ class Actions:
             slot.busy = False
         self._instances.forget(slot)
         return existed
+
+    async def ask(
+        self, slot: Slot, entry: Entry, ask: Callable[[GuardedDriver], Awaitable[object]]
+    ) -> Observation:
+        """Have the driver do something that needs no end of its own: whoever asked for it asks again, and finds it done
+        or has it done. Returns how the instance is afterwards.
+
+        Nothing of it is in the journal: it moves no instance between running and resting by halves that only the
+        journal could tell apart.
+        """
+        driver = self._drivers.named(entry.driver)
+        asked_at = self._instances.book.events_of(slot.instance_id)
+        slot.busy = True
+        try:
+            seen = await ask(driver)
+            known = seen if isinstance(seen, Observation) else None
+            return await self._truth(slot, driver, known, asked_at=asked_at)
+        except HypervisorError:
+            await self._give_up(slot, self._instances.book.newest(slot.instance_id))
+            raise
+        finally:
+            slot.busy = False
 
     async def look(self, slot: Slot, entry: Entry) -> Observation:
         """As its driver shows it now."""

@@ -13,12 +13,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from hypervisor.agent.drivers import fake_snapshots
 from hypervisor.agent.drivers.driver import VERBS, Assignment, Handle
 from hypervisor.agent.drivers.fake_faults import FakeFaults
 from hypervisor.agent.drivers.fake_guest import FakeTerminal, Guest, GuestEnd
 from hypervisor.agent.drivers.fake_state import FakeRecord, FakeStateDirectory
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import FailedPrecondition, InvalidArgument, NotFound
+from hypervisor.core.machines import Snapshot, SnapshotKind
 from hypervisor.core.model import Capability, ConsoleSize, DriverInfo, Observation
 from hypervisor.core.resources import MIB
 from hypervisor.core.states import InstanceStatus, InstanceType
@@ -37,10 +39,7 @@ class FakeConfig:
 
     types: tuple[InstanceType, ...] = tuple(InstanceType)
     state_dir: Path | None = None
-    lacks: tuple[tuple[str, str], ...] = tuple(
-        (verb, "the fake driver does not pretend this yet")
-        for verb in ("pause", "suspend", "snapshot", "snapshot-diff")
-    )
+    lacks: tuple[tuple[str, str], ...] = ()
     action_s: float = 0.0
 
 
@@ -131,6 +130,7 @@ class FakeDriver:
             record = instance.record
             record.running, record.started_at, record.finished_at = True, self._clock.now(), None
             record.exit_code, record.oom, record.requested = None, False, False
+            record.suspended = False
             self._boot(instance)
             await self._save(instance_id)
         return self._observe(instance)
@@ -147,6 +147,53 @@ class FakeDriver:
         await self._enter("restart")
         await self.stop(instance_id, grace_s=grace_s)
         return await self.start(instance_id)
+
+    async def pause(self, instance_id: str) -> Observation:
+        return await self._freeze(instance_id, paused=True)
+
+    async def resume(self, instance_id: str) -> Observation:
+        return await self._freeze(instance_id, paused=False)
+
+    async def suspend(self, instance_id: str) -> Observation:
+        await self._enter("suspend")
+        instance = self._find(instance_id)
+        if instance.record.suspended:
+            return self._observe(instance)
+        if not instance.record.running:
+            raise _not_running(instance_id)
+        self._end(instance, None, requested=True, suspended=True)
+        await self._save(instance_id)
+        return self._observe(instance)
+
+    async def create_snapshot(self, instance_id: str, name: str, *, kind: SnapshotKind) -> Snapshot:
+        await self._enter("create_snapshot")
+        made = fake_snapshots.keep(self._find(instance_id).record, name, kind=kind, now=self._clock.now())
+        await self._save(instance_id)
+        return made
+
+    async def list_snapshots(self, instance_id: str) -> tuple[Snapshot, ...]:
+        await self._enter("list_snapshots")
+        return tuple(kept.snapshot for kept in self._find(instance_id).record.snapshots)
+
+    async def restore_snapshot(self, instance_id: str, name: str) -> Observation:
+        await self._enter("restore_snapshot")
+        instance = self._find(instance_id)
+        kept = fake_snapshots.find(instance.record, name)
+        if not kept.running:
+            if instance.record.running:
+                self._end(instance, None, requested=True)
+        else:
+            if not instance.record.running:
+                await self.start(instance_id)
+            await self._freeze(instance_id, paused=kept.paused)
+        await self._save(instance_id)
+        return self._observe(instance)
+
+    async def delete_snapshot(self, instance_id: str, name: str) -> bool:
+        await self._enter("delete_snapshot")
+        existed = fake_snapshots.forget(self._find(instance_id).record, name)
+        await self._save(instance_id)
+        return existed
 
     async def delete(self, instance_id: str) -> bool:
         await self._enter("delete")
@@ -312,6 +359,8 @@ class FakeDriver:
         )
         instance.guest = guest
         lives_s = guest.boot(record.assignment.spec.command)
+        if record.paused:
+            guest.freeze()
         if lives_s is not None and guest.alive:
             if resumed and record.started_at is not None:
                 lives_s -= (self._clock.now() - record.started_at) / timedelta(seconds=1)
@@ -327,6 +376,20 @@ class FakeDriver:
         self._end(instance, end.exit_code, oom=end.oom)
         self._spawn(self._save(instance.record.assignment.instance_id))
 
+    async def _freeze(self, instance_id: str, *, paused: bool) -> Observation:
+        await self._enter("pause" if paused else "resume")
+        instance = self._find(instance_id)
+        if not instance.record.running or instance.guest is None:
+            raise _not_running(instance_id)
+        if instance.record.paused is not paused:
+            instance.record.paused = paused
+            if paused:
+                instance.guest.freeze()
+            else:
+                instance.guest.thaw()
+            await self._save(instance_id)
+        return self._observe(instance)
+
     async def _end_by_itself(self, instance_id: str, end: GuestEnd) -> None:
         instance = self._find(instance_id)
         if instance.guest is None or not instance.record.running:
@@ -336,9 +399,16 @@ class FakeDriver:
         await self._save(instance_id)
 
     def _end(
-        self, instance: _Instance, exit_code: int, *, oom: bool = False, requested: bool = False
+        self,
+        instance: _Instance,
+        exit_code: int | None,
+        *,
+        oom: bool = False,
+        requested: bool = False,
+        suspended: bool = False,
     ) -> None:
         record = instance.record
+        record.paused, record.suspended = False, suspended
         record.running, record.finished_at = False, self._clock.now()
         record.exit_code, record.oom, record.requested = exit_code, oom, requested
         if instance.guest is not None:
@@ -400,7 +470,9 @@ class FakeDriver:
         record = instance.record
         status, reason, message = InstanceStatus.STOPPED, "", ""
         if record.running:
-            status = InstanceStatus.RUNNING
+            status = InstanceStatus.PAUSED if record.paused else InstanceStatus.RUNNING
+        elif record.suspended:
+            reason, message = "SUSPENDED", "its memory is on disk: start it to go on from there"
         elif record.exit_code is not None:
             failed = not record.requested and record.exit_code != 0
             status = InstanceStatus.FAILED if failed else InstanceStatus.STOPPED

@@ -65,6 +65,8 @@ class Guest:
         self._line = bytearray()
         self.alive = True
         self.busy = False
+        self._frozen = False
+        self._held = bytearray()
         self.memory_bytes = min(8 << 20, memory_limit_bytes)
 
     def boot(self, command: tuple[str, ...]) -> float | None:
@@ -85,10 +87,23 @@ class Guest:
         """Typed bytes: echoed, and run line by line."""
         if not self.alive:
             raise FailedPrecondition("the instance has ended: start it again", reason="NOT_RUNNING")
+        if self._frozen:
+            self._held += data
+            return
         for byte in data:
             if not self.alive:
                 return
             self._key(byte)
+
+    def freeze(self) -> None:
+        """What is typed from now on waits."""
+        self._frozen = True
+
+    def thaw(self) -> None:
+        """Go on, with what was typed meanwhile."""
+        self._frozen, held, self._held = False, bytes(self._held), bytearray()
+        if held and self.alive:
+            self.type(held)
 
     def end(self, exit_code: int, *, oom: bool = False) -> None:
         """It ends by itself."""

@@ -6,8 +6,17 @@ from pathlib import Path
 import msgspec
 
 from hypervisor.agent.drivers.driver import Assignment
+from hypervisor.core.machines import Snapshot
 
-__all__ = ["FakeRecord", "FakeStateDirectory"]
+__all__ = ["FakeRecord", "FakeSnapshot", "FakeStateDirectory"]
+
+
+class FakeSnapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """A kept state of a fake instance: how it was."""
+
+    snapshot: Snapshot
+    running: bool
+    paused: bool
 
 
 class FakeRecord(msgspec.Struct, kw_only=True):
@@ -21,6 +30,9 @@ class FakeRecord(msgspec.Struct, kw_only=True):
     oom: bool = False
     requested: bool = False
     """Whether the last end was asked for."""
+    paused: bool = False
+    suspended: bool = False
+    snapshots: list[FakeSnapshot] = []
 
 
 class FakeStateDirectory:

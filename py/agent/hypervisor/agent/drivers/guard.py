@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 import structlog
 
 from hypervisor.agent.drivers.driver import Assignment, Console, Driver, Handle
+from hypervisor.agent.drivers.powers import Pausing, Snapshotting, Suspending
 from hypervisor.agent.stats.sources import StatsSource
-from hypervisor.core.errors import DeadlineExceeded, HypervisorError, Internal
+from hypervisor.core.errors import DeadlineExceeded, HypervisorError, Internal, Unimplemented
+from hypervisor.core.machines import Snapshot, SnapshotKind
 from hypervisor.core.model import DriverInfo, Observation
 
 __all__ = ["DriverDeadlines", "GuardedDriver"]
@@ -28,7 +30,7 @@ class DriverDeadlines:
     """How long a driver may take, in seconds. A stop has its grace on top of ``action_s``."""
 
     create_s: float = 300.0
-    """Image import and unpacking included."""
+    """Image import and unpacking included; likewise for what moves a whole memory or disk."""
     action_s: float = 60.0
     query_s: float = 10.0
     abandon_s: float = 2.0
@@ -76,6 +78,34 @@ class GuardedDriver:
     async def recover(self, instance_id: str, handle: Handle) -> Observation | None:
         return await self._call("recover", self._inner.recover(instance_id, handle), self._deadlines.action_s)
 
+    async def pause(self, instance_id: str) -> Observation:
+        inner = self._pausing()
+        return await self._call("pause", inner.pause(instance_id), self._deadlines.action_s)
+
+    async def resume(self, instance_id: str) -> Observation:
+        inner = self._pausing()
+        return await self._call("resume", inner.resume(instance_id), self._deadlines.action_s)
+
+    async def suspend(self, instance_id: str) -> Observation:
+        inner = self._suspending()
+        return await self._call("suspend", inner.suspend(instance_id), self._deadlines.create_s)
+
+    async def create_snapshot(self, instance_id: str, name: str, *, kind: SnapshotKind) -> Snapshot:
+        work = self._snapshotting().create_snapshot(instance_id, name, kind=kind)
+        return await self._call("create_snapshot", work, self._deadlines.create_s)
+
+    async def list_snapshots(self, instance_id: str) -> tuple[Snapshot, ...]:
+        work = self._snapshotting().list_snapshots(instance_id)
+        return await self._call("list_snapshots", work, self._deadlines.query_s)
+
+    async def restore_snapshot(self, instance_id: str, name: str) -> Observation:
+        work = self._snapshotting().restore_snapshot(instance_id, name)
+        return await self._call("restore_snapshot", work, self._deadlines.create_s)
+
+    async def delete_snapshot(self, instance_id: str, name: str) -> bool:
+        work = self._snapshotting().delete_snapshot(instance_id, name)
+        return await self._call("delete_snapshot", work, self._deadlines.action_s)
+
     def events(self) -> AsyncIterator[Observation]:
         """The inner driver's events, unguarded: their consumer is a task root and contains faults itself."""
         return self._inner.events()
@@ -85,6 +115,31 @@ class GuardedDriver:
 
     async def aclose(self) -> None:
         await self._call("aclose", self._inner.aclose(), self._deadlines.query_s)
+
+    # Whether the driver says in its capabilities that it has a power was looked at before; here a driver is caught that
+    # says so and has not.
+
+    def _pausing(self) -> Pausing:
+        if not isinstance(self._inner, Pausing):
+            raise self._lacks("pause")
+        return self._inner
+
+    def _suspending(self) -> Suspending:
+        if not isinstance(self._inner, Suspending):
+            raise self._lacks("suspend")
+        return self._inner
+
+    def _snapshotting(self) -> Snapshotting:
+        if not isinstance(self._inner, Snapshotting):
+            raise self._lacks("snapshot")
+        return self._inner
+
+    def _lacks(self, verb: str) -> Unimplemented:
+        return Unimplemented(
+            f"driver {self.name} cannot {verb}",
+            reason="CAPABILITY_MISSING",
+            metadata={"driver": self.name, "verb": verb},
+        )
 
     async def _call(self, verb: str, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
         task = asyncio.ensure_future(work)

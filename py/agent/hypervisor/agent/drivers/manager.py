@@ -25,6 +25,7 @@ from hypervisor.agent.entries import Entry, Phase
 from hypervisor.agent.stats.sources import StatsSource
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import HypervisorError, Internal, NotFound, Unavailable
+from hypervisor.core.machines import Snapshot, SnapshotKind
 from hypervisor.core.model import Observation
 from hypervisor.core.retry import Backoff
 from hypervisor.core.states import InstanceStatus
@@ -139,6 +140,40 @@ class Manager:
 
         return await self._act(ref.instance_id, work)
 
+    async def pause(self, ref: InstanceRef) -> Observation:
+        """Freeze it; one that is paused is left alone."""
+        return await self._ask(ref, "pause", lambda driver: driver.pause(ref.instance_id))
+
+    async def resume(self, ref: InstanceRef) -> Observation:
+        """Let it go on; one that runs is left alone."""
+        return await self._ask(ref, "pause", lambda driver: driver.resume(ref.instance_id))
+
+    async def suspend(self, ref: InstanceRef) -> Observation:
+        """Put its memory on disk and end it; one that is suspended is left alone."""
+        return await self._ask(ref, "suspend", lambda driver: driver.suspend(ref.instance_id))
+
+    async def create_snapshot(self, ref: InstanceRef, name: str, *, kind: SnapshotKind) -> Observation:
+        """Keep its present state; one that is kept under that name is left alone."""
+        verb = "snapshot-diff" if kind is SnapshotKind.DIFF else "snapshot"
+        return await self._ask(
+            ref, verb, lambda driver: driver.create_snapshot(ref.instance_id, name, kind=kind)
+        )
+
+    async def list_snapshots(self, ref: InstanceRef) -> tuple[Snapshot, ...]:
+        """What is kept of it, oldest first."""
+        self._need_ready()
+        entry = self._entry_of(ref.instance_id)
+        self._drivers.require(entry.driver, "snapshot")
+        return await self._drivers.named(entry.driver).list_snapshots(ref.instance_id)
+
+    async def restore_snapshot(self, ref: InstanceRef, name: str) -> Observation:
+        """Go back to what was kept."""
+        return await self._ask(ref, "snapshot", lambda driver: driver.restore_snapshot(ref.instance_id, name))
+
+    async def delete_snapshot(self, ref: InstanceRef, name: str) -> Observation:
+        """Forget what was kept; one that is not there is no error."""
+        return await self._ask(ref, "snapshot", lambda driver: driver.delete_snapshot(ref.instance_id, name))
+
     async def list(self) -> tuple[Observation, ...]:
         """Everything of this node, asked of the drivers; where one does not answer, as it was seen last."""
         self._need_ready()
@@ -182,6 +217,15 @@ class Manager:
         return frozenset(slot.instance_id for slot in self._instances.slots() if slot.entry is not None)
 
     # -- the rules ---------------------------------------------------------------------------------------------
+
+    async def _ask(
+        self, ref: InstanceRef, verb: str, ask: Callable[[GuardedDriver], Awaitable[object]]
+    ) -> Observation:
+        async def work(slot: Slot) -> Observation:
+            entry = await self._settled(slot, ref, verb)
+            return await self._actions.ask(slot, entry, ask)
+
+        return await self._act(ref.instance_id, work)
 
     async def _create_again(self, slot: Slot, ref: InstanceRef, *, start: bool) -> Observation:
         entry = slot.entry

@@ -7,6 +7,7 @@ from dataclasses import replace
 from hypervisor.core.ids import is_id
 from hypervisor.core.names import check_dns_label, check_labels, shorten
 from hypervisor.core.states import DesiredState, InstanceType
+from hypervisor.server.api.machine_requests import check_machine
 from hypervisor.server.api.placement_requests import check_placement
 from hypervisor.server.api.violations import MAX_OBJECT_NAME, Violations
 from hypervisor.server.services import InstanceDraft, InstanceRef, StopOptions
@@ -58,6 +59,7 @@ _OUTPUT_ONLY = (
     "resource_version",
     "operation_id",
     "runtime",
+    "runtime_reason",
     "updated_at",
     "placement",
 )
@@ -69,6 +71,12 @@ VersionedRequest = (
     | compute_pb2.StopInstanceRequest
     | compute_pb2.DeleteInstanceRequest
     | compute_pb2.RestartInstanceRequest
+    | compute_pb2.PauseInstanceRequest
+    | compute_pb2.ResumeInstanceRequest
+    | compute_pb2.SuspendInstanceRequest
+    | compute_pb2.CreateSnapshotRequest
+    | compute_pb2.RestoreSnapshotRequest
+    | compute_pb2.DeleteSnapshotRequest
 )
 """Requests that change one instance that exists."""
 
@@ -78,6 +86,7 @@ InstanceRequest = (
     | compute_pb2.GetInstanceRequest
     | compute_pb2.GetInstanceStatsRequest
     | compute_pb2.WatchInstanceStatsRequest
+    | compute_pb2.ListSnapshotsRequest
     | instance_pb2.ConsoleInput.Open
     | instance_pb2.GetInstanceLogsRequest
 )
@@ -149,6 +158,7 @@ def _check_spec(
         for name in ("initrd_path", "kernel_args"):
             if getattr(spec, name):
                 wrong.add(f"{at}{name}", f"needs {at}kernel_path: give it, or remove {name}")
+    check_machine(wrong, spec, kind, at)
     _check_command(wrong, spec.command, at)
     _check_env(wrong, spec.env, at)
     check_placement(wrong, spec, at)

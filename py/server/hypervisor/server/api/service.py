@@ -13,6 +13,7 @@ from hypervisor.core.errors import FailedPrecondition
 from hypervisor.server.api.console import ConsoleHandlers
 from hypervisor.server.api.encoding import Encoder
 from hypervisor.server.api.events import EventHandlers
+from hypervisor.server.api.instance_states import InstanceStateHandlers
 from hypervisor.server.api.instances import InstanceHandlers
 from hypervisor.server.api.nodes import About, ClusterIdentity, NodeHandlers
 from hypervisor.server.api.operations import OperationHandlers
@@ -47,14 +48,16 @@ class Api:
         """Put every method of every service on the server."""
         encoder = Encoder(self.view, self.instances, self.nodes, self.clock)
         instances = InstanceHandlers(self.view, self.instances, encoder, self.explainer)
+        states = InstanceStateHandlers(self.instances, encoder)
         placements = PlacementHandlers(self.instances, self.explainer)
         nodes = NodeHandlers(self.view, self.nodes, encoder, self.identity, about=self.about)
         operations = OperationHandlers(self.view, self.operations, encoder)
         events = EventHandlers(self.view, encoder, self.clock)
         console = ConsoleHandlers(self.instances)
+        compute = instances.handlers | states.handlers | console.handlers | placements.compute
         server.add_generic_rpc_handlers(
             (
-                dispatcher.service(_COMPUTE, instances.handlers | console.handlers | placements.compute),
+                dispatcher.service(_COMPUTE, compute),
                 dispatcher.service(_CLUSTER, nodes.handlers | events.handlers | placements.cluster),
                 dispatcher.service(_OPERATION, operations.handlers),
             )

@@ -54,7 +54,6 @@ _MAX_IDENTIFIER = 76
 
 _NO_STATE = "containerd keeps no memory or disk state of a container to go back to"
 _LACKS = {
-    "pause": "this driver does not freeze containers yet",
     "suspend": _NO_STATE,
     "snapshot": _NO_STATE,
     "snapshot-diff": _NO_STATE,
@@ -315,6 +314,28 @@ class ContainerdDriver:
         """Stop and start."""
         await self.stop(instance_id, grace_s=grace_s)
         return await self.start(instance_id)
+
+    async def pause(self, instance_id: str) -> Observation:
+        """Freeze its control group."""
+        return await self._freeze(instance_id, TaskPhase.PAUSED)
+
+    async def resume(self, instance_id: str) -> Observation:
+        """Thaw its control group."""
+        return await self._freeze(instance_id, TaskPhase.RUNNING)
+
+    async def _freeze(self, instance_id: str, wanted: TaskPhase) -> Observation:
+        async with self._tracker.locks.hold(instance_id):
+            live = await self._tracker.known(instance_id)
+            state = await self._runtime.task_state(instance_id)
+            if state is None or state.phase not in (TaskPhase.RUNNING, TaskPhase.PAUSED):
+                raise self._tracker.not_running(instance_id)
+            if state.phase is not wanted:
+                if wanted is TaskPhase.PAUSED:
+                    await self._runtime.pause_task(instance_id)
+                else:
+                    await self._runtime.resume_task(instance_id)
+                state = await self._runtime.task_state(instance_id)
+            return await self._tracker.observe(live.record, state)
 
     # Look.
 

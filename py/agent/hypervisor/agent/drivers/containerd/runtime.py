@@ -193,6 +193,14 @@ class Runtime:
             what=f"start the process of {instance_id}",
         )
 
+    async def pause_task(self, instance_id: str) -> None:
+        """Freeze all its processes."""
+        await self._client.call(
+            self._client.tasks.Pause,
+            tasks_pb2.PauseTaskRequest(container_id=instance_id),
+            what=f"pause {instance_id}",
+        )
+
     async def resume_task(self, instance_id: str) -> None:
         """Thaw it."""
         await self._client.call(
