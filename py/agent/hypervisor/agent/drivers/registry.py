@@ -19,7 +19,7 @@ from hypervisor.agent.drivers.fake import FakeConfig, FakeDriver
 from hypervisor.agent.drivers.guard import DriverDeadlines, GuardedDriver
 from hypervisor.agent.drivers.health import OfferedDriver
 from hypervisor.core.clock import Clock
-from hypervisor.core.errors import HypervisorError
+from hypervisor.core.errors import HypervisorError, Unavailable
 from hypervisor.core.ids import IdSource
 from hypervisor.core.model import Capability, DriverInfo
 from hypervisor.core.states import InstanceType
@@ -80,6 +80,27 @@ def _make_containerd(context: DriverContext) -> Driver:
     return ContainerdDriver(config, clock=context.clock, rng=context.rng, new_id=context.new_id)
 
 
+def _make_libvirt(context: DriverContext) -> Driver:
+    try:
+        # Imported here: libvirt's module needs libvirt's shared library, and nodes without virtual machines have none.
+        from hypervisor.agent.drivers.libvirt import LibvirtConfig, LibvirtDriver
+    except ImportError as exc:
+        raise Unavailable(
+            f"libvirt's library is not on this node ({exc}): install it (Debian: apt-get install libvirt0 "
+            "libvirt-daemon-system qemu-system-x86 qemu-utils) and restart the agent",
+            reason="DRIVER_UNAVAILABLE",
+        ) from exc
+
+    config = LibvirtConfig(
+        uri=context.libvirt.uri,
+        data_dir=context.libvirt.data_dir,
+        roots=context.machines.roots,
+        bridges=context.machines.bridges,
+        host_devices=context.machines.host_devices,
+    )
+    return LibvirtDriver(config, clock=context.clock, rng=context.rng)
+
+
 def _make_fake(context: DriverContext) -> Driver:
     return FakeDriver(FakeConfig(state_dir=context.data_dir / "fake"), clock=context.clock)
 
@@ -87,23 +108,14 @@ def _make_fake(context: DriverContext) -> Driver:
 DRIVERS: Mapping[str, DriverFactory] = {
     "containerd": DriverFactory("containerd", (InstanceType.CONTAINER,), _make_containerd),
     "fake": DriverFactory("fake", tuple(InstanceType), _make_fake),
+    "libvirt": DriverFactory("libvirt", (InstanceType.VM,), _make_libvirt),
 }
 """Drivers of this package."""
 
-_BY_TYPE: Mapping[str, str] = {"container": "containerd"}
+_BY_TYPE: Mapping[str, str] = {"container": "containerd", "vm": "libvirt"}
 """Which of them ``drivers.enabled`` means by an instance type."""
 
 _LATER: Mapping[str, DriverInfo] = {
-    "vm": DriverInfo(
-        name="libvirt",
-        types=(InstanceType.VM,),
-        available=False,
-        reason="virtual machines come with the libvirt driver, which is not in this version",
-        capabilities=tuple(
-            Capability(verb=verb, supported=False, reason="the libvirt driver is not in this version")
-            for verb in VERBS
-        ),
-    ),
     "microvm": DriverInfo(
         name="firecracker",
         types=(InstanceType.MICROVM,),
