@@ -1,10 +1,9 @@
-"""What some drivers can do beyond the contract, as tests: every promise of drivers/powers.py, for any driver that has it.
+"""What some drivers can do beyond the contract, as tests: every promise of drivers/powers.py, for any driver with it.
 
 Mix one in beside :class:`hvtest_driver_contract.DriverContract` for each power: their fixtures are that one's.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import pytest
 
@@ -57,10 +56,10 @@ class PausingContract:
     """Freezing in memory."""
 
     @pytest.fixture
-    async def pausing(self, driver: Driver) -> AsyncIterator[Pausing]:
+    async def pausing(self, driver: Driver) -> Pausing:
         assert isinstance(driver, Pausing)
         assert (await driver.info()).lacks("pause") is None
-        yield driver
+        return driver
 
     async def test_a_paused_instance_is_shown_as_paused_and_goes_on_when_resumed(
         self, bench: DriverBench, driver: Driver, pausing: Pausing, made: list[str]
@@ -156,10 +155,10 @@ class SuspendingContract:
     """Putting memory on disk."""
 
     @pytest.fixture
-    async def suspending(self, driver: Driver) -> AsyncIterator[Suspending]:
+    async def suspending(self, driver: Driver) -> Suspending:
         assert isinstance(driver, Suspending)
         assert (await driver.info()).lacks("suspend") is None
-        yield driver
+        return driver
 
     async def test_a_suspended_instance_is_stopped_and_goes_on_when_started(
         self, bench: DriverBench, driver: Driver, suspending: Suspending, made: list[str]
@@ -200,10 +199,10 @@ class SnapshottingContract:
     """States to go back to."""
 
     @pytest.fixture
-    async def snapshotting(self, driver: Driver) -> AsyncIterator[Snapshotting]:
+    async def snapshotting(self, driver: Driver) -> Snapshotting:
         assert isinstance(driver, Snapshotting)
         assert (await driver.info()).lacks("snapshot") is None
-        yield driver
+        return driver
 
     async def test_a_snapshot_of_a_running_instance_is_gone_back_to_after_a_stop(
         self, bench: DriverBench, driver: Driver, snapshotting: Snapshotting, made: list[str]

@@ -156,6 +156,7 @@ static int disk_opens(void)
 		volatile u32 *registers = (volatile u32 *)base;
 		if (registers[0] != 0x74726976 || registers[2] != 2) continue;
 		registers[0x70 / 4] = 0;
+		registers[0x70 / 4] = 1;
 		registers[0x70 / 4] = 1 | 2;
 		registers[0x24 / 4] = 1; registers[0x20 / 4] = 1; /* VERSION_1, and nothing else */
 		registers[0x24 / 4] = 0; registers[0x20 / 4] = 0;

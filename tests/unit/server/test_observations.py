@@ -100,7 +100,7 @@ def test_a_deleted_instance_is_left_to_its_removal() -> None:
 
 
 def test_illegal_moves_are_not_made() -> None:
-    assert fold(instance(S.STOPPED), seen(S.PAUSED), now=NOW) is None
+    assert fold(instance(S.PENDING), seen(S.PAUSED), now=NOW) is None
 
 
 def test_steps_on_the_way_are_not_recorded() -> None:

@@ -51,6 +51,8 @@ _ADVICE: Mapping[str, str] = {
     "INSTANCE_RUNNING": "stop it first, or delete it with --force",
     "ALREADY_RUNNING": "nothing to do; 'instance restart' starts it anew",
     "NOT_RUNNING": "start it with 'hypervisor-ctl instance start NAME'",
+    "NOT_PAUSED": "'hypervisor-ctl instance get NAME' shows how it is",
+    "SNAPSHOT_NOT_FOUND": "'hypervisor-ctl instance snapshot list NAME' shows what is kept",
     "CONCURRENT_OPERATION": "wait for that operation ('hypervisor-ctl operation wait ID') and try again",
     "RESOURCE_VERSION_MISMATCH": "it changed meanwhile: look at it again and repeat the command",
     "NO_NODE_FITS": "ask for less, free something ('hypervisor-ctl node list -o wide' shows what is free), or add "

@@ -19,6 +19,8 @@
       affinity: [app=db@hypervisor/zone]              # required; as a mapping it can be preferred:
       anti_affinity: [{selector: app=web, preferred: true, weight: 50}]
       spread: [app=web@hypervisor/zone]
+
+What only machines have is in :mod:`.manifest_machine`.
 """
 
 import difflib
@@ -31,6 +33,7 @@ import yaml
 from hypervisor.core.errors import FieldViolation, InvalidArgument
 from hypervisor.core.names import shorten
 from hypervisor.ctl import quantities
+from hypervisor.ctl.manifest_machine import MACHINE_KEYS, read_machine
 from hypervisor.ctl.selectors import Condition, add_selector, parse_selector, selector_of
 from hypervisor.ctl.terms import affinity_of, spread_of, toleration_of
 from hypervisor.v1.instance_pb2 import (
@@ -62,6 +65,7 @@ _SPEC_KEYS = (
     ),
     *("command", "env", "working_dir", "pids_limit", "node_selector", "placement_policy", "node"),
     *("tolerations", "affinity", "anti_affinity", "spread"),
+    *MACHINE_KEYS,
 )
 _TOP_KEYS = ("name", "type", "project", "labels", "desired_state", "spec")
 
@@ -110,20 +114,20 @@ class _Reader:
 
     def instance(self, node: yaml.Node) -> Instance:
         instance = Instance()
-        keys = self._mapping(node, "", _TOP_KEYS)
+        keys = self.mapping(node, "", _TOP_KEYS)
         for key in self.required:
             if key not in keys:
                 self.wrong(node.start_mark.line + 1, key, "is required")
         for key in ("name", "project"):
             if key in keys:
-                setattr(instance, key, self._text(keys[key], key))
+                setattr(instance, key, self.text(keys[key], key))
         if "type" in keys:
-            instance.type = self._enum(
+            instance.type = self.enum(
                 keys["type"], "type", InstanceType, "INSTANCE_TYPE_", InstanceType.values
             )
         if "desired_state" in keys:
             allowed = (DesiredState.DESIRED_STATE_RUNNING, DesiredState.DESIRED_STATE_STOPPED)
-            instance.desired_state = self._enum(
+            instance.desired_state = self.enum(
                 keys["desired_state"], "desired_state", DesiredState, "DESIRED_STATE_", lambda: allowed
             )
         if "labels" in keys:
@@ -134,14 +138,14 @@ class _Reader:
 
     def _spec(self, node: yaml.Node, instance: Instance) -> None:
         spec = instance.spec
-        keys = self._mapping(node, "spec", _SPEC_KEYS)
+        keys = self.mapping(node, "spec", _SPEC_KEYS)
         for one, other in (("memory_mb", "memory"), ("disk_gb", "disk")):
             if one in keys and other in keys:
                 self.wrong(_line(keys[other]), f"spec.{other}", f"says the same as {one}: give one of them")
         for key, child in keys.items():
             path = f"spec.{key}"
             if key in _TEXT_FIELDS:
-                setattr(spec, key, self._text(child, path))
+                setattr(spec, key, self.text(child, path))
             elif key == "cpu_cores":
                 spec.cpu_cores = self._converted(child, path, quantities.cpu_cores, 0.0)
             elif key in ("memory_mb", "memory"):
@@ -149,27 +153,29 @@ class _Reader:
             elif key in ("disk_gb", "disk"):
                 spec.disk_gb = self._converted(child, path, quantities.whole_gib, 0)
             elif key == "pids_limit":
-                spec.pids_limit = self._integer(child, path)
+                spec.pids_limit = self.integer(child, path)
             elif key == "command":
-                spec.command.extend(self._words(child, path))
+                spec.command.extend(self.words(child, path))
             elif key == "env":
                 spec.env.update(self._texts(child, path))
             elif key == "placement_policy":
-                spec.placement_policy = self._enum(
+                spec.placement_policy = self.enum(
                     child, path, PlacementPolicy, "PLACEMENT_POLICY_", PlacementPolicy.values
                 )
             elif key == "tolerations":
-                spec.tolerations.extend(self._each(child, path, self._toleration))
+                spec.tolerations.extend(self.each(child, path, self._toleration))
             elif key == "affinity":
-                spec.affinity.extend(self._each(child, path, self._affinity))
+                spec.affinity.extend(self.each(child, path, self._affinity))
             elif key == "anti_affinity":
-                spec.anti_affinity.extend(self._each(child, path, self._affinity))
+                spec.anti_affinity.extend(self.each(child, path, self._affinity))
             elif key == "spread":
-                spec.spread.extend(self._each(child, path, self._spread))
+                spec.spread.extend(self.each(child, path, self._spread))
+            elif key in MACHINE_KEYS:
+                read_machine(self, key, child, path, spec)
             else:
                 add_selector(instance, self._converted(child, path, parse_selector, ()))
 
-    def _each(self, node: yaml.Node, path: str, read: Callable[[yaml.Node, str], Any]) -> list[Any]:
+    def each(self, node: yaml.Node, path: str, read: Callable[[yaml.Node, str], Any]) -> list[Any]:
         if not isinstance(node, yaml.SequenceNode):
             self.wrong(_line(node), path, "must be a list")
             return []
@@ -182,12 +188,9 @@ class _Reader:
         term = AffinityTerm()
         if isinstance(node, yaml.ScalarNode):
             return self._converted(node, path, affinity_of, term)
-        keys = self._mapping(node, path, ("selector", "topology", "preferred", "weight"))
+        keys = self.mapping(node, path, ("selector", "topology", "preferred", "weight"))
         if "preferred" in keys:
-            word = self._scalar(keys["preferred"], f"{path}.preferred", "true or false")
-            if word not in (None, "true", "false"):
-                self.wrong(_line(keys["preferred"]), f"{path}.preferred", "must be true or false")
-            term.preferred = word == "true"
+            term.preferred = self.flag(keys["preferred"], f"{path}.preferred")
         self._term(keys, path, term)
         return term
 
@@ -195,7 +198,7 @@ class _Reader:
         term = SpreadTerm()
         if isinstance(node, yaml.ScalarNode):
             return self._converted(node, path, spread_of, term)
-        self._term(self._mapping(node, path, ("selector", "topology", "weight")), path, term)
+        self._term(self.mapping(node, path, ("selector", "topology", "weight")), path, term)
         return term
 
     def _term(self, keys: dict[str, yaml.Node], path: str, term: AffinityTerm | SpreadTerm) -> None:
@@ -204,15 +207,15 @@ class _Reader:
             found = self._converted(keys["selector"], f"{path}.selector", parse_selector, none)
             term.selector.extend(selector_of(found))
         if "topology" in keys:
-            term.topology = self._text(keys["topology"], f"{path}.topology")
+            term.topology = self.text(keys["topology"], f"{path}.topology")
         if "weight" in keys:
-            weight = self._integer(keys["weight"], f"{path}.weight")
+            weight = self.integer(keys["weight"], f"{path}.weight")
             if not 0 <= weight <= 100:
                 self.wrong(_line(keys["weight"]), f"{path}.weight", f"is {weight}: use 1 to 100")
             else:
                 term.weight = weight
 
-    def _mapping(self, node: yaml.Node, path: str, known: tuple[str, ...]) -> dict[str, yaml.Node]:
+    def mapping(self, node: yaml.Node, path: str, known: tuple[str, ...]) -> dict[str, yaml.Node]:
         if not isinstance(node, yaml.MappingNode):
             self.wrong(_line(node), path, f"must be a mapping with the keys {', '.join(known)}")
             return {}
@@ -236,10 +239,10 @@ class _Reader:
         self.wrong(_line(node), path, f"must be {kind}")
         return None
 
-    def _text(self, node: yaml.Node, path: str) -> str:
+    def text(self, node: yaml.Node, path: str) -> str:
         return self._scalar(node, path, "text") or ""
 
-    def _integer(self, node: yaml.Node, path: str) -> int:
+    def integer(self, node: yaml.Node, path: str) -> int:
         text = self._scalar(node, path, "a number")
         if text is None:
             return 0
@@ -253,7 +256,13 @@ class _Reader:
             return 0
         return number
 
-    def _words(self, node: yaml.Node, path: str) -> list[str]:
+    def flag(self, node: yaml.Node, path: str) -> bool:
+        word = self._scalar(node, path, "true or false")
+        if word not in (None, "true", "false"):
+            self.wrong(_line(node), path, "must be true or false")
+        return word == "true"
+
+    def words(self, node: yaml.Node, path: str) -> list[str]:
         if not isinstance(node, yaml.SequenceNode):
             self.wrong(_line(node), path, "must be a list of words, such as [sh, -c, 'echo hello']")
             return []
@@ -268,7 +277,7 @@ class _Reader:
             for key, value in node.value
         }
 
-    def _enum(self, node: yaml.Node, path: str, enum: Any, prefix: str, values: Callable[[], Any]) -> Any:
+    def enum(self, node: yaml.Node, path: str, enum: Any, prefix: str, values: Callable[[], Any]) -> Any:
         text = self._scalar(node, path, "text")
         names = {str(enum.Name(number)).removeprefix(prefix).lower(): number for number in values() if number}
         if text is None:

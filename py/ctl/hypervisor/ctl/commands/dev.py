@@ -1,14 +1,16 @@
-"""``dev``: up, down, status, image."""
+"""``dev``: up, down, status, image, guest."""
 
 import json
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from hypervisor.core.errors import FailedPrecondition, HypervisorError, InvalidArgument
 from hypervisor.ctl.dev import cluster, context, preflight
+from hypervisor.ctl.dev.libvirtd import SYSTEM_LIBVIRT
 from hypervisor.ctl.dev.plan import CONTEXT, Layout, Plan, state_directory
 from hypervisor.ctl.dev.state import ProcessState
 from hypervisor.ctl.display.table import Column, render
@@ -35,7 +37,7 @@ def _root(invocation: Invocation, directory: Path | None) -> Path:
 
 @click.group()
 def dev() -> None:
-    """A whole cluster on this machine: server, agent and, if none runs, a containerd of its own."""
+    """A whole cluster on this machine: server, agent and, if none run, a containerd and a libvirtd of its own."""
 
 
 @dev.command("up")
@@ -53,6 +55,12 @@ def dev() -> None:
     metavar="auto|private|SOCKET",
     default="auto",
     help="auto (the default): the machine's containerd if it runs, else a private one.",
+)
+@click.option(
+    "--libvirt",
+    metavar="auto|private|none|URI",
+    default="auto",
+    help="auto (the default): the machine's libvirt if it runs, else a private one where libvirtd is installed.",
 )
 @click.option("--hostname", metavar="NAME", default="", help="Name of the node. Default: the machine's.")
 @click.option(
@@ -80,6 +88,7 @@ def up(
     http_port: int,
     agent_port: int,
     containerd: str,
+    libvirt: str,
     hostname: str,
     image_roots: tuple[Path, ...],
     server_program: str | None,
@@ -88,8 +97,9 @@ def up(
 ) -> None:
     """Start a cluster in the background, wait until it is ready, and use it from now on (context 'dev').
 
-    What dies is started again; logs are in DIR/log. Instances run in containerd and need root; with --simulated
-    nothing is real and nobody needs it.
+    What dies is started again; logs are in DIR/log. Containers run in containerd, microVMs in Firecracker or QEMU and
+    virtual machines in libvirt, as far as these are installed, and need root; with --simulated nothing is real and
+    nobody needs it.
     """
     root = _root(invocation, directory)
     environ = invocation.environ
@@ -110,6 +120,7 @@ def up(
     runtime, private, snapshotter = (
         _runtime(invocation, root, containerd) if not simulated else ("", False, "")
     )
+    uri, private_libvirt = _libvirt(invocation, libvirt) if not simulated else ("", False)
     plan = Plan(
         root=root,
         grpc_port=ports[0],
@@ -121,10 +132,15 @@ def up(
         containerd=runtime,
         private_containerd=private,
         snapshotter=snapshotter or "overlayfs",
+        types=_types(invocation, vms=bool(uri or private_libvirt)),
+        libvirt_uri=uri,
+        private_libvirt=private_libvirt,
         hostname=hostname or socket.gethostname(),
         image_roots=tuple(path.absolute() for path in image_roots),
         previous_context=context.previous_context(environ),
     )
+    if private_libvirt:
+        plan = replace(plan, libvirt_uri=plan.libvirtd.uri)
     cluster.start(plan, lock)
     note(f"Starting {'a simulated cluster' if simulated else 'a cluster'} in {root} ...")
     try:
@@ -159,6 +175,27 @@ def _runtime(invocation: Invocation, root: Path, wanted: str) -> tuple[str, bool
     path = Layout(root).containerd_socket
     preflight.require_short_socket(path)
     return str(path), True, preflight.chosen_snapshotter(root)
+
+
+def _libvirt(invocation: Invocation, wanted: str) -> tuple[str, bool]:
+    """Which libvirt: its URI (empty: none, or the private one's, which the plan knows), and whether to run one."""
+    match wanted:
+        case "none":
+            return "", False
+        case "private":
+            preflight.require_libvirtd(invocation.environ)
+            return "", True
+        case "auto":
+            if preflight.answers(SYSTEM_LIBVIRT):
+                return "qemu:///system", False
+            return "", preflight.has_libvirtd(invocation.environ)
+    return wanted, False
+
+
+def _types(invocation: Invocation, *, vms: bool) -> tuple[str, ...]:
+    """What the node can be expected to run. A driver that then cannot work says why in ``node get``."""
+    microvms = preflight.has_vmm(invocation.environ)
+    return ("container", *(("microvm",) if microvms else ()), *(("vm",) if vms else ()))
 
 
 def _suggest(plan: Plan) -> None:
@@ -335,3 +372,71 @@ def image(
         ) from exc
     note(f"Image {digest}")
     write(f"oci-archive:{out.absolute()}")
+
+
+_file = click.Path(path_type=Path, dir_okay=False, exists=True)
+
+
+@dev.command("guest")
+@click.option(
+    "--out", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), help="Where it is written."
+)
+@click.option(
+    "--kernel",
+    metavar="FILE",
+    type=_file,
+    help="Default: the newest /boot/vmlinuz-*, one of a cloud kernel first.",
+)
+@click.option(
+    "--modules",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="The kernel's modules. Default: /lib/modules/ and the kernel's release.",
+)
+@click.option("--busybox", metavar="FILE", type=_file, help="A static busybox. Default: /bin/busybox.")
+@_directory
+@pass_invocation
+def guest(
+    invocation: Invocation,
+    *,
+    out: Path | None,
+    kernel: Path | None,
+    modules: Path | None,
+    busybox: Path | None,
+    directory: Path | None,
+) -> None:
+    """Make a small Linux guest for virtual machines and microVMs: a kernel and an initial RAM disk with busybox.
+
+    Made of what Debian's linux-image-cloud-amd64 and busybox-static have installed. It needs no disk, prints READY and
+    gives a shell on its console. Without --out it goes where the development cluster may boot it from. Prints the paths
+    for 'instance create --kernel' and '--initrd'.
+
+    Words for the guest on the kernel's command line: GUEST_RUN="COMMAND" runs that in place of the shell,
+    GUEST_IP=10.0.0.2/24 is the address of its network card, GUEST_ON_ERROR=panic makes it panic when the shell or the
+    command ends with an error.
+    """
+    from hypervisor.ctl import guest_image
+
+    kernel = kernel or guest_image.find_kernel()
+    if kernel is None:
+        raise InvalidArgument.of_field(
+            "--kernel", "there is none in /boot: apt-get install linux-image-cloud-amd64, or give one"
+        )
+    modules = modules or guest_image.modules_of(kernel)
+    busybox = busybox or Path("/bin/busybox")
+    if not busybox.exists():
+        raise InvalidArgument.of_field(
+            "--busybox", f"{busybox} does not exist: apt-get install busybox-static, or give one"
+        )
+    target = out or Layout(_root(invocation, directory)).images / "guest"
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        made = guest_image.build_guest(target.absolute(), kernel=kernel, modules=modules, busybox=busybox)
+    except OSError as exc:
+        where = f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc)
+        raise FailedPrecondition(
+            f"the guest cannot be made of {kernel}, {modules} and {busybox} in {target} ({where})",
+            reason="GUEST_NOT_MADE",
+            metadata={"kernel": str(kernel), "modules": str(modules), "out": str(target)},
+        ) from exc
+    write(f"kernel {made.kernel}\ninitrd {made.initrd}")

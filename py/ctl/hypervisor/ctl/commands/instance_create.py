@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -14,6 +14,7 @@ from hypervisor.ctl import quantities
 from hypervisor.ctl.bulk import Task, run_tasks, told
 from hypervisor.ctl.display.table import harmless
 from hypervisor.ctl.invocation import Invocation, pass_invocation
+from hypervisor.ctl.machine_options import MACHINE_OPTIONS, add_machine_options, machine_options
 from hypervisor.ctl.options import NAME, connected, formatted, project_option, waiting
 from hypervisor.ctl.terms import affinity_of, spread_of, toleration_of
 from hypervisor.v1.compute_pb2 import CreateInstanceRequest
@@ -53,6 +54,7 @@ _DESCRIBING = frozenset(
         "spread",
         "stopped",
     }
+    | MACHINE_OPTIONS
 )
 
 
@@ -81,6 +83,7 @@ _DESCRIBING = frozenset(
 @click.option("--kernel", metavar="PATH", default="", help="vm, microvm: kernel on the node.")
 @click.option("--initrd", metavar="PATH", default="", help="vm, microvm: initial RAM disk on the node.")
 @click.option("--kernel-args", metavar="TEXT", default="", help="vm, microvm: kernel command line.")
+@machine_options
 @click.option(
     "--node", metavar="NODE", type=NAME("node"), default="", help="Only on this node; it still has to fit."
 )
@@ -152,6 +155,7 @@ def create(
     dry_run: bool,
     wait: bool,
     project: str,
+    **machine: Any,
 ) -> None:
     """Create an instance from options, or several from a file.
 
@@ -159,6 +163,7 @@ def create(
 
     \b
     hypervisor-ctl instance create web --image docker.io/library/busybox:1.36 --cpu 0.5 -- httpd -f
+    hypervisor-ctl instance create db --type vm --image debian-12 --memory 1GiB --ssh-key ~/.ssh/id_ed25519.pub
     hypervisor-ctl instance create -f instances.yaml
     """
     if file is not None:
@@ -197,6 +202,7 @@ def create(
         spec.affinity.extend(collected.each(partial(affinity_of, "spec.affinity"), affinity))
         spec.anti_affinity.extend(collected.each(partial(affinity_of, "spec.anti_affinity"), anti_affinity))
         spec.spread.extend(collected.each(partial(spread_of, "spec.spread"), spread))
+        collected.take(partial(add_machine_options, instance, machine), None)
         if stopped:
             instance.desired_state = DesiredState.DESIRED_STATE_STOPPED
         collected.raise_any()

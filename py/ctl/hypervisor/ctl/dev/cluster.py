@@ -29,6 +29,7 @@ Say = Callable[[str], None]
 _STOP_S = 60.0
 _RESTARTS_THAT_MEAN_TROUBLE = 3
 _TAIL_LINES = 15
+_RUNTIMES = ("containerd", "libvirtd")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,13 @@ def start(plan: Plan, lock: int) -> None:
     write_atomically(layout.config("agent"), yaml.safe_dump(plan.agent_config(), sort_keys=False))
     if plan.private_containerd:
         write_atomically(layout.config("containerd"), plan.containerd_config())
+    if not plan.simulated:
+        plan.run.mkdir(exist_ok=True, mode=0o700)
+    if plan.private_libvirt:
+        for directory in plan.libvirtd.directories():
+            directory.mkdir(parents=True, exist_ok=True, mode=0o711)
+        for path, text in plan.libvirtd.files().items():
+            write_atomically(path, text)
     write_atomically(layout.plan, plan.to_json())
     _fork_supervisor(plan)
     os.close(lock)
@@ -180,9 +188,8 @@ def _raise_if_failing(plan: Plan) -> None:
         if process.restarts >= _RESTARTS_THAT_MEAN_TROUBLE:
             log = plan.layout.log(process.name)
             raise Unavailable(
-                f"hypervisor-{process.name} does not start ({process.last_exit}); the end of {log}:\n{_tail(log)}"
-                if process.name != "containerd"
-                else f"containerd does not start ({process.last_exit}); the end of {log}:\n{_tail(log)}",
+                f"{'' if process.name in _RUNTIMES else 'hypervisor-'}{process.name} does not start "
+                f"({process.last_exit}); the end of {log}:\n{_tail(log)}",
                 reason="DEV_CLUSTER_FAILED",
                 metadata={"process": process.name, "log": str(log)},
             )
@@ -242,4 +249,7 @@ def purge(root: Path) -> None:
             reason="STILL_MOUNTED",
             metadata={"dir": str(root)},
         )
+    plan = status(root).plan
+    if plan is not None and not plan.simulated:
+        shutil.rmtree(plan.run, ignore_errors=True)
     shutil.rmtree(root)

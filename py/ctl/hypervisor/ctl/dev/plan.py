@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hypervisor.ctl.dev.libvirtd import PrivateLibvirtd
+
 __all__ = ["CONTEXT", "Layout", "Plan", "ProcessSpec", "state_directory"]
 
 CONTEXT = "dev"
@@ -96,6 +98,12 @@ class Plan:
     private_containerd: bool = False
     """Whether that containerd is ours to start and to stop."""
     snapshotter: str = "overlayfs"
+    types: tuple[str, ...] = ("container",)
+    """Instance types that the real node runs."""
+    libvirt_uri: str = ""
+    """libvirt in use; empty where the node runs no virtual machines."""
+    private_libvirt: bool = False
+    """Whether that libvirtd is ours to start and to stop."""
     hostname: str = ""
     image_roots: tuple[Path, ...] = ()
     previous_context: str = ""
@@ -110,6 +118,16 @@ class Plan:
         """containerd namespace, also the first part of cgroup paths: this directory's own, so that several
         development clusters, and a real one, can share a machine and even a containerd."""
         return f"hypervisor-dev-{hashlib.sha256(bytes(self.root)).hexdigest()[:8]}"
+
+    @property
+    def run(self) -> Path:
+        """Directory for sockets: a short path, since the kernel limits those of sockets."""
+        return Path("/run") / self.namespace
+
+    @property
+    def libvirtd(self) -> PrivateLibvirtd:
+        """The private libvirtd, should there be one."""
+        return PrivateLibvirtd(self.layout.data("libvirt"), self.run / "libvirt")
 
     @property
     def server_address(self) -> str:
@@ -151,7 +169,7 @@ class Plan:
         if not self.simulated:
             roots = [self.layout.images, *self.image_roots]
             document |= {
-                "drivers": {"enabled": ["container"]},
+                "drivers": {"enabled": list(self.types)},
                 "containerd": {
                     "address": self.containerd,
                     "namespace": self.namespace,
@@ -159,7 +177,14 @@ class Plan:
                     "console_root": str(self.root / "consoles"),
                 },
                 "images": {"archive_roots": [str(root) for root in roots]},
+                "machines": {"roots": [str(root) for root in roots]},
+                "microvm": {
+                    "run_dir": str(self.run / "microvms"),
+                    "data_dir": str(self.layout.data("microvms")),
+                },
             }
+            if self.libvirt_uri:
+                document["libvirt"] = {"uri": self.libvirt_uri, "data_dir": str(self.layout.data("vms"))}
         return document
 
     def containerd_config(self) -> str:
@@ -191,6 +216,16 @@ class Plan:
                     "containerd", command, layout.log("containerd"), wait_for=layout.containerd_socket
                 )
             )
+        if self.private_libvirt:
+            libvirtd = self.libvirtd
+            specs.append(
+                ProcessSpec(
+                    "libvirtd",
+                    ("sh", str(libvirtd.script)),
+                    layout.log("libvirtd"),
+                    wait_for=libvirtd.socket,
+                )
+            )
         server = (*self.server_program, "--config", str(layout.config("server")))
         specs.append(ProcessSpec("server", server, layout.log("server")))
         agent = (*self.agent_program, "--config", str(layout.config("agent")))
@@ -210,5 +245,6 @@ class Plan:
         for key in ("server_program", "agent_program"):
             document[key] = tuple(document[key])
         document["root"] = Path(document["root"])
+        document["types"] = tuple(document["types"])
         document["image_roots"] = tuple(Path(root) for root in document["image_roots"])
         return cls(**document)

@@ -18,6 +18,9 @@ __all__ = [
     "chosen_snapshotter",
     "find_program",
     "free_port",
+    "has_libvirtd",
+    "has_vmm",
+    "require_libvirtd",
     "require_root",
     "require_runtime",
     "require_short_socket",
@@ -94,6 +97,28 @@ def require_runtime(environ: Mapping[str, str], programs: Sequence[str]) -> None
             reason="RUNTIME_MISSING",
             metadata={"missing": ",".join(missing)},
         )
+
+
+def has_libvirtd(environ: Mapping[str, str]) -> bool:
+    """Whether a libvirtd that can run QEMU is installed."""
+    path = f"{environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+    return all(shutil.which(name, path=path) for name in ("libvirtd", "qemu-system-x86_64", "unshare"))
+
+
+def require_libvirtd(environ: Mapping[str, str]) -> None:
+    """libvirtd must be installed."""
+    if not has_libvirtd(environ):
+        raise FailedPrecondition(
+            "libvirtd or QEMU not found: install with 'apt-get install libvirt-daemon-system qemu-system-x86', or "
+            "leave virtual machines out with --libvirt none",
+            reason="RUNTIME_MISSING",
+            metadata={"missing": "libvirtd"},
+        )
+
+
+def has_vmm(environ: Mapping[str, str]) -> bool:
+    """Whether a program that runs microVMs is installed."""
+    return any(shutil.which(name, path=environ.get("PATH")) for name in ("firecracker", "qemu-system-x86_64"))
 
 
 def require_short_socket(path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Removes what a development cluster can leave behind when it was not stopped in order: shims, mounts, cgroups.
+"""Removes what a development cluster can leave behind when it was not stopped in order: shims, VMMs, mounts,
+cgroups.
 
 Only what is certainly its own is touched: processes whose command line names its socket, mounts below its directory,
 the cgroups of its containerd namespace, whose name is made of that directory, and what runs in them.
@@ -19,9 +20,10 @@ from hypervisor.ctl.dev.processes import (
     terminate,
 )
 
-__all__ = ["console_holders_of", "processes_in", "shims_of", "sweep"]
+__all__ = ["console_holders_of", "machines_of", "processes_in", "shims_of", "sweep"]
 
 _CGROUPS = Path("/sys/fs/cgroup")
+_VMMS = ("qemu-system-", "firecracker")
 
 
 def shims_of(socket: str) -> list[ProcessId]:
@@ -61,10 +63,36 @@ def sweep(plan: Plan) -> list[str]:
     """Remove the leftovers of a cluster that is stopped; returns what could not be removed, in words."""
     if plan.simulated:
         return []
-    left = _stop_private_runtime(plan) if plan.private_containerd else []
+    left = _stop_machines(plan)
+    left += _stop_private_runtime(plan) if plan.private_containerd else []
     for top in _cgroups_of(plan):
         left += _remove_cgroups(top)
     return left
+
+
+def machines_of(plan: Plan) -> list[ProcessId]:
+    """VMMs that use a directory of the cluster's: it is in their command line, or they are jailed below it."""
+    places = (str(plan.root), str(plan.run))
+    found = []
+    for process in every_process():
+        words = command_line(process)
+        if not words or not Path(words[0]).name.startswith(_VMMS):
+            continue
+        named = any(f"{place}/" in word for place in places for word in words)
+        if named or any(_root_of(process).startswith(f"{place}/") for place in places):
+            found.append(process)
+    return found
+
+
+def _root_of(process: ProcessId) -> str:
+    try:
+        return os.readlink(f"/proc/{process.pid}/root")
+    except OSError:
+        return ""
+
+
+def _stop_machines(plan: Plan) -> list[str]:
+    return [f"process {process.pid}" for process in terminate(machines_of(plan), grace_s=0)]
 
 
 def _cgroups_of(plan: Plan) -> list[Path]:

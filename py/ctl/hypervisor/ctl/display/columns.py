@@ -11,11 +11,18 @@ if TYPE_CHECKING:
     from google.protobuf.timestamp_pb2 import Timestamp
 
     from hypervisor.v1.cluster_pb2 import Event
-    from hypervisor.v1.instance_pb2 import Instance, InstanceStats, Pressure
+    from hypervisor.v1.instance_pb2 import Instance, InstanceStats, Pressure, Snapshot
     from hypervisor.v1.node_pb2 import Node
     from hypervisor.v1.operation_pb2 import Operation
 
-__all__ = ["event_columns", "instance_columns", "node_columns", "operation_columns", "stats_columns"]
+__all__ = [
+    "event_columns",
+    "instance_columns",
+    "node_columns",
+    "operation_columns",
+    "snapshot_columns",
+    "stats_columns",
+]
 
 _MIB = 1 << 20
 _TIME: "Column[InstanceStats]" = Column("TIME", lambda s: _time_of_day(s.sampled_at))
@@ -38,9 +45,26 @@ def instance_columns(now_s: float, hostnames: Mapping[str, str]) -> "list[Column
         Column("PROJECT", lambda i: i.project, wide=True),
         Column("DISK", lambda i: f"{i.spec.disk_gb}GiB" if i.spec.disk_gb else "", wide=True, right=True),
         Column("EXIT", cells.exit_of, wide=True, right=True),
-        Column("RUNTIME", lambda i: i.runtime, wide=True),
+        Column("RUNTIME", lambda i: i.runtime, wide=True, shrinks=True),
         Column("LABELS", lambda i: cells.labels(i.labels), wide=True, shrinks=True),
         Column("MESSAGE", lambda i: i.status_message, wide=True, shrinks=True),
+    ]
+
+
+def snapshot_columns(now_s: float) -> "list[Column[Snapshot]]":
+    """Snapshots of one instance."""
+    from hypervisor.v1.instance_pb2 import SnapshotKind
+
+    return [
+        Column("NAME", lambda s: s.name),
+        Column("KIND", lambda s: cells.enum_name(SnapshotKind.Name(s.kind), "SNAPSHOT_KIND_")),
+        Column("MEMORY", lambda s: "yes" if s.memory else "no"),
+        Column("CURRENT", lambda s: "*" if s.current else ""),
+        Column("BASED ON", lambda s: s.parent),
+        Column(
+            "SIZE", lambda s: readable_bytes(s.size_bytes) if s.HasField("size_bytes") else "", right=True
+        ),
+        Column("AGE", lambda s: cells.since(s.created_at, now_s), right=True),
     ]
 
 

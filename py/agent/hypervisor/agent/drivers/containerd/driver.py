@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from hypervisor.agent.drivers.containerd import oci
 from hypervisor.agent.drivers.containerd.client import Client
 from hypervisor.agent.drivers.containerd.config import ContainerdConfig
-from hypervisor.agent.drivers.containerd.cpu_quota import apply_cpu_limit, cpu_limit
+from hypervisor.agent.drivers.cpu_quota import apply_cpu_limit, cpu_limit
 from hypervisor.agent.drivers.containerd.events import EventFeed, EventHandlers
 from hypervisor.agent.drivers.containerd.images import ImageStore, ResolvedImage
 from hypervisor.agent.drivers.containerd.labels import Record

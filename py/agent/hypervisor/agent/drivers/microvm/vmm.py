@@ -155,6 +155,11 @@ class Vmm(Protocol):
         """Verbs of the driver (``driver.VERBS``) that it cannot do, with the reason."""
         ...
 
+    @property
+    def overhead_mib(self) -> int:
+        """Memory its process may need beside the guest's, MiB."""
+        ...
+
     async def version(self) -> str:
         """Program and version in a few words (``firecracker 1.12.1``), asked of the program itself.
 
@@ -168,7 +173,8 @@ class Vmm(Protocol):
         ...
 
     def check(self, machine: Machine) -> None:
-        """Refuse what this VMM cannot run: ``InvalidArgument`` that names the field (``spec.microvm.metadata``)."""
+        """Refuse what this VMM cannot run: ``InvalidArgument`` that names the field (``spec.microvm.metadata``). Called
+        by a create, with the machine's files in its root."""
         ...
 
     async def launch(self, machine: Machine) -> Launch:
