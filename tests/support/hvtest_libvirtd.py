@@ -87,8 +87,12 @@ class PrivateLibvirtd:
         for name in (*_MOUNTED, "sock"):
             (self.directory / name).mkdir(parents=True, exist_ok=True)
         self._write_configuration()
-        self._enter_namespaces()
-        self.start()
+        try:
+            self._enter_namespaces()
+            self.start()
+        except BaseException:
+            self.end_everything()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -115,7 +119,9 @@ class PrivateLibvirtd:
             f"mkdir -p {target} && mount --bind {self.directory}/{name} {target}"
             for name, target in _MOUNTED.items()
         )
-        script = f'hostname {self.directory.name} && {mounts} && exec "$@"'
+        # Two libvirtds must not have the same host name; a directory's may have characters that no host name has.
+        host = f"hv-{uuid.uuid4().hex[:12]}"
+        script = f'hostname {host} && {mounts} && exec "$@"'
         self._space = subprocess.Popen(
             [
                 *("unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"),
@@ -204,9 +210,8 @@ class PrivateLibvirtd:
             "saved memory": _names(self.directory / "lib" / "qemu" / "save"),
             "snapshots": _names(self.directory / "lib" / "qemu" / "snapshot"),
             "nvram": _names(self.directory / "lib" / "qemu" / "nvram"),
-            "data": _names(self.directory / "data", besides=("bases", "probe.json", "instances"))
-            + _names(self.directory / "data" / "instances"),
-            "consoles": _names(self.directory / "consoles"),
+            "disks": _names(self.directory / "data" / "instances", empty=True),
+            "consoles": _names(self.directory / "data" / "consoles", empty=True),
         }
         return {kind: names for kind, names in found.items() if names}
 
@@ -234,18 +239,20 @@ def _children(pid: int) -> list[int]:
     ]
 
 
-def _names(directory: Path, *, besides: Iterable[str] = ()) -> list[str]:
-    """What is in a directory, files or directories with something in them."""
+def _names(directory: Path, *, empty: bool = False) -> list[str]:
+    """What is in a directory; directories with nothing in them only where ``empty`` ones count."""
     if not directory.is_dir():
         return []
-    entries = [entry for entry in directory.iterdir() if entry.name not in besides]
-    return sorted(entry.name for entry in entries if not entry.is_dir() or any(entry.iterdir()))
+    return sorted(
+        entry.name for entry in directory.iterdir() if empty or not entry.is_dir() or any(entry.iterdir())
+    )
 
 
 def _sweep_control_groups(domains: Iterable[str] = ()) -> None:
     """Remove what killed libvirtds left: empty groups of these domains, and of any that are older than 15 minutes."""
-    for parent in Path("/sys/fs/cgroup").glob("**/machine"):
-        for group in parent.glob("qemu-*.libvirt-qemu"):
+    root = Path("/sys/fs/cgroup")
+    for parent in (root, *root.iterdir()):
+        for group in (parent / "machine").glob("qemu-*.libvirt-qemu"):
             named = any(group.name.endswith(f"-{domain}.libvirt-qemu") for domain in domains)
             with contextlib.suppress(OSError):
                 if named or time.time() - group.stat().st_mtime > _STALE_S:

@@ -9,6 +9,7 @@ no longer answers to the keep-alives that libvirt's event loop sends; calls that
 """
 
 import asyncio
+import functools
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -75,6 +76,7 @@ class Session:
     def __init__(self, connection: Any) -> None:
         self.connection = connection
         self.lost = asyncio.Event()
+        self.subscription: int | None = None
 
 
 class Connection:
@@ -195,13 +197,15 @@ class Connection:
             # A connection without a daemon behind it (libvirt's own test driver) needs none.
             if exc.get_error_code() not in (libvirt.VIR_ERR_NO_SUPPORT, libvirt.VIR_ERR_INVALID_CONN):
                 raise
-        connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, on_lifecycle, None)
+        session.subscription = connection.domainEventRegisterAny(
+            None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, on_lifecycle, None
+        )
         return session
 
     async def _dispose(self, session: Session) -> None:
         """Close a connection that is of no more use; one that does not even close is left to its thread."""
         loop = asyncio.get_running_loop()
-        closing = loop.run_in_executor(self._queries, _close, session.connection)
+        closing = loop.run_in_executor(self._queries, _close, session)
         await asyncio.wait({closing}, timeout=2.0)
 
 
@@ -213,8 +217,13 @@ def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *argum
         _log.debug("libvirt_event_after_the_end")
 
 
-def _close(connection: Any) -> None:
-    for step in (connection.unregisterCloseCallback, connection.close):
+def _close(session: Session) -> None:
+    """Let go of everything; callbacks would keep the connection open."""
+    connection = session.connection
+    steps = [connection.unregisterCloseCallback, connection.close]
+    if session.subscription is not None:
+        steps.insert(0, functools.partial(connection.domainEventDeregisterAny, session.subscription))
+    for step in steps:
         try:
             step()
         except libvirt.libvirtError as exc:

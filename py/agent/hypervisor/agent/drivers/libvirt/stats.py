@@ -68,8 +68,8 @@ def figures_of(row: Mapping[str, Any]) -> dict[str, int]:
 _BLOCK = {
     "rd.bytes": "block_read_bytes",
     "wr.bytes": "block_write_bytes",
-    "rd.reqs": "block_read_operations",
-    "wr.reqs": "block_write_operations",
+    "rd.reqs": "block_read_ops",
+    "wr.reqs": "block_write_ops",
 }
 _NET = {
     "rx.bytes": "network_receive_bytes",
