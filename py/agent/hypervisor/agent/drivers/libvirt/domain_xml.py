@@ -185,10 +185,11 @@ def _add_disks(devices: Element, domain: Domain) -> None:
         _add_backing(disk, domain.disk.bases)
         SubElement(disk, "target", dev="vda", bus="virtio")
     if domain.seed is not None:
-        seed = SubElement(devices, "disk", type="file", device="cdrom")
+        # Not a CD drive: kernels made for clouds have the drivers of virtio alone. cloud-init goes by the label.
+        seed = SubElement(devices, "disk", type="file", device="disk")
         SubElement(seed, "driver", name="qemu", type="raw")
         SubElement(seed, "source", file=str(domain.seed))
-        SubElement(seed, "target", dev="sda", bus="sata")
+        SubElement(seed, "target", dev="vdb", bus="virtio")
         SubElement(seed, "readonly")
 
 
