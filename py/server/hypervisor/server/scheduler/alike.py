@@ -79,10 +79,10 @@ class Alike:
     def _meeting(self, condition: LabelConstraint) -> set[int]:
         """Slots of the nodes whose label meets it, as ``holds`` says: there may be as many values as nodes."""
         values = self._values(condition.key)
-        if condition.operator is LabelOperator.EXISTS:
+        if condition.operator == LabelOperator.EXISTS:
             return self._all() - _slots_of(values, [None])
         some = _slots_of(values, condition.values)
-        return self._all() - some if condition.operator is LabelOperator.NOT_IN else some
+        return self._all() - some if condition.operator == LabelOperator.NOT_IN else some
 
     def _all(self) -> set[int]:
         return set(self._known)
