@@ -200,10 +200,12 @@ class ClusterTable:
 
     def compile(self, request: Request) -> Compiled | None:
         """The request for the table as it is now; None where it asks for more than the table can do."""
+        # Whose it is and its labels matter to terms alone, its own and those of instances that are there.
+        related = request.affinity or request.anti_affinity or request.spread or self._refusing
         key = (
             *(request.type, request.resources, request.policy, request.constraints, request.node),
-            *(request.project, frozenset(request.labels.items()), request.image, request.tolerations),
-            *(request.affinity, request.anti_affinity, request.spread),
+            *(request.image, request.tolerations, request.affinity, request.anti_affinity, request.spread),
+            *((request.project, frozenset(request.labels.items())) if related else ()),
         )
         known = self._compiled.get(key)
         if known is not None:
