@@ -17,6 +17,7 @@ from hypervisor.server.agents import CallContext
 from hypervisor.server.agents_console import AgentConsole, attach_method, open_console
 from hypervisor.wire.consoles import log_options_to_wire, log_piece_from_wire
 from hypervisor.wire.enums import INSTANCE_TYPE
+from hypervisor.wire.flow import STREAM_OPTIONS
 from hypervisor.wire.instances import observation_from_wire, spec_to_wire
 from hypervisor.wire.stats import stats_from_wire
 from hypervisor.wire.times import duration_of
@@ -39,6 +40,7 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_reconnect_backoff_ms", 5_000),
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.use_local_subchannel_pool", 1),
+    *STREAM_OPTIONS,
 )
 
 
