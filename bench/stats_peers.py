@@ -20,17 +20,18 @@ against the same peer: a goal that even this loop does not reach is below what r
 import importlib
 import json
 import os
+import queue
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from measure_cgroups import COUNT, Ours, ReadLoop, cgroups, cgroups_missing, end
 
 from hypervisor.ext.stats_sampler import implementation
 
-PAIRS = 7
+PAIRS = 5
 FIFTIETH = 0.02
 TENTH = 0.1
 GOALS = {"systemd-cgtop": FIFTIETH, "netdata": FIFTIETH, "glances": FIFTIETH, "psutil": TENTH}
@@ -137,13 +138,15 @@ def _process_cpu_s(pid: int) -> float:
 
 
 @contextmanager
-def _running(command: Sequence[str], directory: Path) -> Iterator[subprocess.Popen[str]]:
-    """A program that runs until we leave, its files in ``directory``, its standard output in a pipe."""
+def _running(
+    command: Sequence[str], directory: Path, *, stdout: int = subprocess.DEVNULL
+) -> Iterator[subprocess.Popen[str]]:
+    """A program that runs until we leave, its files in ``directory``."""
     environment = os.environ | {"TMPDIR": str(directory), "HOME": str(directory), "DO_NOT_TRACK": "1"}
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.DEVNULL,
         text=True,
         env=environment,
@@ -154,7 +157,7 @@ def _running(command: Sequence[str], directory: Path) -> Iterator[subprocess.Pop
     finally:
         process.terminate()
         try:
-            process.communicate(timeout=30)
+            process.wait(timeout=30)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -260,28 +263,24 @@ def _glances(scratch: Path) -> Iterator[Callable[[], float]]:
         *("glances", "-C", str(directory / "glances.conf"), "-t", "1", "--disable-check-update"),
         *("--disable-plugin", "all", "--enable-plugin", "processcount", "--stdout", "processcount.total"),
     ]
-    with _running(command, directory) as process:
+    rounds: queue.Queue[tuple[int, float]] = queue.Queue()
+    """How many processes each round showed, and how much processor time glances had used by then."""
+
+    def follow(process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
-        lines = process.stdout
+        for line in process.stdout:
+            with suppress(FileNotFoundError, ProcessLookupError):
+                rounds.put((int(line.removeprefix("processcount.total: ")), _process_cpu_s(process.pid)))
 
-        def seen() -> int:
-            line = lines.readline()
-            assert line.startswith("processcount.total: "), f"glances said {line!r}"
-            return int(line.split()[1])
+    def window() -> float:
+        while not rounds.empty():  # those that came while others were measured
+            rounds.get()
+        seen = [rounds.get(timeout=60.0) for _ in range(GLANCES_ROUNDS + 1)]
+        assert min(count for count, _ in seen) >= COUNT
+        return (seen[-1][1] - seen[0][1]) * 1e6 / sum(count for count, _ in seen[1:])
 
-        seen()
-
-        def window() -> float:
-            spent, looked_at = [_process_cpu_s(process.pid)], []
-            for _ in range(GLANCES_ROUNDS):
-                looked_at.append(seen())
-                spent.append(_process_cpu_s(process.pid))
-            assert min(looked_at) >= COUNT
-            assert all(after > before for before, after in pairwise(spent)), (
-                "a round in which it did not look"
-            )
-            return (spent[-1] - spent[0]) * 1e6 / sum(looked_at)
-
+    with _running(command, directory, stdout=subprocess.PIPE) as process:
+        threading.Thread(target=follow, args=(process,), daemon=True).start()
         yield window
 
 
