@@ -355,3 +355,30 @@ async def test_an_image_deleted_on_one_server_goes_from_all(tmp_path: Path) -> N
             await Uploader(second.channel).stub.DeleteImage(image_pb2.DeleteImageRequest(image="tiny"))
 
             await until(lambda: not list(one.glob("sha256/*/*")) and not list(two.glob("sha256/*/*")))
+
+
+async def test_a_node_that_has_the_image_is_preferred(tmp_path: Path) -> None:
+    weights = ("scheduler.weights.image=1000", "scheduler.weights.utilisation=0")
+    async with (
+        whole_server(tmp_path, *weights) as server,
+        whole_agent(server, tmp_path, hostname="node-1"),
+        whole_agent(server, tmp_path, hostname="node-2") as second,
+    ):
+        await Uploader(server.channel).send(DISK)
+        there = machine("first", image="debian-12")
+        there.instance.spec.node = "node-2"
+        first = await server.compute.CreateInstance(there)
+        await server.compute.DeleteInstance(
+            compute_pb2.DeleteInstanceRequest(instance=first.object_id, force=True)
+        )
+
+        async def known() -> bool:
+            asked = compute_pb2.ExplainPlacementRequest(would_be=machine(image="image:debian-12").instance)
+            found = await server.compute.ExplainPlacement(asked)
+            parts = {node.hostname: {p.name: p.value for p in node.parts} for node in found.nodes}
+            return parts["node-2"]["image"] == 1000 and parts["node-1"]["image"] == 0
+
+        await eventually(known)
+        for number in range(5):
+            made = await server.compute.CreateInstance(machine(f"vm-{number}", image="debian-12"))
+            assert made.instance.node_id == second.node_id
