@@ -21,7 +21,7 @@ def test_every_command_of_the_tree_is_there():
         "node list, node get, node drain, node cordon, node uncordon, node deregister, instance list, instance get, "
         "instance create, instance start, instance stop, instance restart, instance delete, instance stats, "
         "instance console, operation list, operation get, operation wait, operation cancel, cluster info, version, "
-        "dev up, dev down, dev status, dev image, events, completion, context list, context use, context set, "
-        "context delete, context show"
+        "dev up, dev down, dev status, dev image, dev guest, events, completion, context list, context use, "
+        "context set, context delete, context show"
     )
     assert paths >= set(expected.split(", "))

@@ -18,11 +18,11 @@ from hvtest_containers import BUSYBOX, ContainerdBench, assignment, started, unt
 from hvtest_driver_watching import events_of, read_until, the_end
 from hypervisor.agent.drivers.containerd import ContainerdDriver
 from hypervisor.agent.drivers.containerd.client import Client
-from hypervisor.agent.drivers.containerd.console import ConsoleFifos
 from hypervisor.agent.drivers.containerd.events import EventFeed, EventHandlers
 from hypervisor.agent.drivers.containerd.labels import Record
 from hypervisor.agent.drivers.containerd.runtime import Runtime
 from hypervisor.agent.drivers.driver import Assignment
+from hypervisor.agent.drivers.fifo_console import ConsoleFifos
 from hypervisor.core.clock import SystemClock
 from hypervisor.core.errors import FailedPrecondition, NotFound, Unavailable
 from hypervisor.core.ids import new_id

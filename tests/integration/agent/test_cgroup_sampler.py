@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hypervisor.agent.drivers.containerd.cpu_quota import apply_cpu_limit, cpu_limit
 from hypervisor.agent.drivers.containerd.swap_limit import forbid_swap, specification_limits_swap
+from hypervisor.agent.drivers.cpu_quota import apply_cpu_limit, cpu_limit
 from hypervisor.agent.stats.cgroups import (
     CgroupPaths,
     cgroup_paths,

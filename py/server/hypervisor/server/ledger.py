@@ -232,11 +232,18 @@ class Ledger:
             node=node.value,
             reserved=held.reserved,
             instances=held.instances,
-            allocatable=self._rules.allocatable(node.value.capacity),
+            allocatable=self._allocatable(node.value),
             load=self._facts.load(node_id),
             penalty=self._facts.penalty(node_id),
             images=self._known_images(node_id),
         )
+
+    def _allocatable(self, node: Node) -> Resources:
+        """What may be reserved of the node; as it is shown where the record is the same one."""
+        shown = self._nodes.get(node.id)
+        if shown is not None and shown.node is node and shown.allocatable is not None:
+            return shown.allocatable
+        return self._rules.allocatable(node.capacity)
 
     def _known_images(self, node_id: str) -> frozenset[str]:
         counted, fetched = self._images_on.get(node_id), self._facts.images(node_id)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hypervisor.agent.drivers.containerd.cpu_quota import cpu_limit
+from hypervisor.agent.drivers.cpu_quota import cpu_limit
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""``dev``: up, down, status, image."""
+"""``dev``: up, down, status, image, guest."""
 
 import json
 import os
@@ -372,3 +372,71 @@ def image(
         ) from exc
     note(f"Image {digest}")
     write(f"oci-archive:{out.absolute()}")
+
+
+_file = click.Path(path_type=Path, dir_okay=False, exists=True)
+
+
+@dev.command("guest")
+@click.option(
+    "--out", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), help="Where it is written."
+)
+@click.option(
+    "--kernel",
+    metavar="FILE",
+    type=_file,
+    help="Default: the newest /boot/vmlinuz-*, one of a cloud kernel first.",
+)
+@click.option(
+    "--modules",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="The kernel's modules. Default: /lib/modules/ and the kernel's release.",
+)
+@click.option("--busybox", metavar="FILE", type=_file, help="A static busybox. Default: /bin/busybox.")
+@_directory
+@pass_invocation
+def guest(
+    invocation: Invocation,
+    *,
+    out: Path | None,
+    kernel: Path | None,
+    modules: Path | None,
+    busybox: Path | None,
+    directory: Path | None,
+) -> None:
+    """Make a small Linux guest for virtual machines and microVMs: a kernel and an initial RAM disk with busybox.
+
+    Made of what Debian's linux-image-cloud-amd64 and busybox-static have installed. It needs no disk, prints READY and
+    gives a shell on its console. Without --out it goes where the development cluster may boot it from. Prints the paths
+    for 'instance create --kernel' and '--initrd'.
+
+    Words for the guest on the kernel's command line: GUEST_RUN="COMMAND" runs that in place of the shell,
+    GUEST_IP=10.0.0.2/24 is the address of its network card, GUEST_ON_ERROR=panic makes it panic when the shell or the
+    command ends with an error.
+    """
+    from hypervisor.ctl import guest_image
+
+    kernel = kernel or guest_image.find_kernel()
+    if kernel is None:
+        raise InvalidArgument.of_field(
+            "--kernel", "there is none in /boot: apt-get install linux-image-cloud-amd64, or give one"
+        )
+    modules = modules or guest_image.modules_of(kernel)
+    busybox = busybox or Path("/bin/busybox")
+    if not busybox.exists():
+        raise InvalidArgument.of_field(
+            "--busybox", f"{busybox} does not exist: apt-get install busybox-static, or give one"
+        )
+    target = out or Layout(_root(invocation, directory)).images / "guest"
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        made = guest_image.build_guest(target.absolute(), kernel=kernel, modules=modules, busybox=busybox)
+    except OSError as exc:
+        where = f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc)
+        raise FailedPrecondition(
+            f"the guest cannot be made of {kernel}, {modules} and {busybox} in {target} ({where})",
+            reason="GUEST_NOT_MADE",
+            metadata={"kernel": str(kernel), "modules": str(modules), "out": str(target)},
+        ) from exc
+    write(f"kernel {made.kernel}\ninitrd {made.initrd}")

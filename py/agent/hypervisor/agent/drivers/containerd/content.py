@@ -13,7 +13,7 @@ from google.protobuf import field_mask_pb2
 
 from hypervisor.agent.drivers.containerd.client import Client
 from hypervisor.agent.drivers.containerd.oci import MAX_DOCUMENT_BYTES, Descriptor, digest_of, invalid_image
-from hypervisor.agent.drivers.containerd.uninterrupted import uninterrupted
+from hypervisor.agent.drivers.uninterrupted import uninterrupted
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import AlreadyExists, HypervisorError, NotFound
 from hypervisor.core.ids import IdSource

@@ -14,8 +14,6 @@ from msgspec.structs import replace
 from hypervisor.agent.drivers.containerd import oci
 from hypervisor.agent.drivers.containerd.client import Client
 from hypervisor.agent.drivers.containerd.config import ContainerdConfig
-from hypervisor.agent.drivers.containerd.console import ConsoleFifos, FifoConsole
-from hypervisor.agent.drivers.containerd.cpu_quota import apply_cpu_limit, cpu_limit
 from hypervisor.agent.drivers.containerd.events import EventFeed, EventHandlers
 from hypervisor.agent.drivers.containerd.images import ImageStore, ResolvedImage
 from hypervisor.agent.drivers.containerd.labels import Record
@@ -29,10 +27,12 @@ from hypervisor.agent.drivers.containerd.runtime_spec import MAX_OPEN_FILES, Hos
 from hypervisor.agent.drivers.containerd.start_errors import explain_start_failure
 from hypervisor.agent.drivers.containerd.swap_limit import forbid_swap, specification_limits_swap
 from hypervisor.agent.drivers.containerd.tracking import DRIVER_NAME, Live, Tracker
-from hypervisor.agent.drivers.containerd.uninterrupted import uninterrupted
 from hypervisor.agent.drivers.containerd.updating import update_limits
+from hypervisor.agent.drivers.cpu_quota import apply_cpu_limit, cpu_limit
 from hypervisor.agent.drivers.driver import VERBS, Assignment, Console, Handle
+from hypervisor.agent.drivers.fifo_console import ConsoleFifos, FifoConsole
 from hypervisor.agent.drivers.local_images import local_image
+from hypervisor.agent.drivers.uninterrupted import uninterrupted
 from hypervisor.agent.stats.cgroups import sampler_sources
 from hypervisor.agent.stats.sources import StatsSource
 from hypervisor.core.clock import Clock

@@ -17,9 +17,9 @@ from hypervisor.agent.drivers.containerd.archive import Archive, ArchiveImage, B
 from hypervisor.agent.drivers.containerd.client import Client
 from hypervisor.agent.drivers.containerd.config import ContainerdConfig
 from hypervisor.agent.drivers.containerd.content import ContentStore
-from hypervisor.agent.drivers.containerd.keyed_locks import KeyedLocks
 from hypervisor.agent.drivers.containerd.rootfs import read_accounts
-from hypervisor.agent.drivers.containerd.uninterrupted import uninterrupted
+from hypervisor.agent.drivers.keyed_locks import KeyedLocks
+from hypervisor.agent.drivers.uninterrupted import uninterrupted
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from hypervisor.core.ids import IdSource

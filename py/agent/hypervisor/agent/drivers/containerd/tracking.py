@@ -12,12 +12,12 @@ from containerd_api.services.containers.v1 import containers_pb2
 from msgspec.structs import replace
 
 from hypervisor.agent.drivers.containerd.config import ContainerdConfig
-from hypervisor.agent.drivers.containerd.console import ConsoleFifos, FifoConsole
 from hypervisor.agent.drivers.containerd.events import TaskExit
-from hypervisor.agent.drivers.containerd.keyed_locks import KeyedLocks
 from hypervisor.agent.drivers.containerd.labels import INSTANCE_ID, Record
 from hypervisor.agent.drivers.containerd.observing import TaskPhase, TaskState, end_of_run, observe
 from hypervisor.agent.drivers.containerd.runtime import Mounts, Runtime
+from hypervisor.agent.drivers.fifo_console import ConsoleFifos, FifoConsole
+from hypervisor.agent.drivers.keyed_locks import KeyedLocks
 from hypervisor.agent.stats.cgroups import CgroupPaths, cgroup_paths, expected_paths, read_oom_kills
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import FailedPrecondition, HypervisorError, NotFound, Unavailable

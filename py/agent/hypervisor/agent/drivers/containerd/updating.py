@@ -6,10 +6,10 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from hypervisor.agent.drivers.containerd.cpu_quota import apply_cpu_limit, cpu_limit
 from hypervisor.agent.drivers.containerd.observing import TaskPhase
 from hypervisor.agent.drivers.containerd.runtime import Runtime
 from hypervisor.agent.drivers.containerd.tracking import Live, Tracker
+from hypervisor.agent.drivers.cpu_quota import apply_cpu_limit, cpu_limit
 from hypervisor.core.errors import FailedPrecondition, HypervisorError, Unavailable
 from hypervisor.core.model import Observation, Sizes
 from hypervisor.core.resources import MIB

@@ -1,10 +1,10 @@
-"""A container's terminal over the two FIFOs its shim copies to and from.
+"""A guest's terminal over two FIFOs, which the process that runs the guest (a container's shim, a VMM) holds too.
 
-How output survives: the shim holds both ends of the output FIFO while the container runs, so neither a missing reader
-nor one that dies is an error to it; what nobody reads waits in the kernel's pipe (``console_buffer_bytes``), and past
-that the container's own writes wait. The driver keeps one more descriptor of the FIFO open from before the start until
-the next start or the delete (:class:`ConsoleFifos`), so that the last words of a container that has ended are there for
-whoever attaches next. The shim also holds a writer of the input FIFO: detaching is no end of input.
+How output survives: that process holds both ends of the output FIFO while the guest runs, so neither a missing reader
+nor one that dies is an error to it; what nobody reads waits in the kernel's pipe (``buffer_bytes``), and past that the
+guest's own writes wait. The driver keeps one more descriptor of the FIFO open from before the start until the next
+start or the delete (:class:`ConsoleFifos`), so that the last words of a guest that has ended are there for whoever
+attaches next. The process also holds a writer of the input FIFO: detaching is no end of input.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from pathlib import Path
 from termios import FIONREAD
 
 from hypervisor.agent.drivers.driver import ConsoleEndpoint
-from hypervisor.core.errors import FailedPrecondition
+from hypervisor.core.errors import FailedPrecondition, Unimplemented
 from hypervisor.core.model import ConsoleSize
 
 __all__ = ["ConsoleFifos", "FifoConsole"]
@@ -28,7 +28,7 @@ _F_SETPIPE_SZ = 1031
 
 
 class ConsoleFifos:
-    """Makes, holds and removes the FIFOs of each container, in one private directory each."""
+    """Makes, holds and removes the FIFOs of each instance, in one private directory each."""
 
     def __init__(self, root: Path, *, buffer_bytes: int) -> None:
         self._root = root
@@ -49,7 +49,7 @@ class ConsoleFifos:
         for path in (stdin, stdout):
             path.unlink(missing_ok=True)
             os.mkfifo(path, 0o600)
-        # Before the shim opens it for writing, which waits for a reader.
+        # Before it is opened for writing, which waits for a reader.
         fd = os.open(stdout, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         # Refused for unprivileged users above /proc/sys/fs/pipe-max-size; the default size will do then.
         with contextlib.suppress(PermissionError):
@@ -58,7 +58,7 @@ class ConsoleFifos:
         return stdin, stdout
 
     def adopt(self, instance_id: str) -> None:
-        """Hold the output of a container that another agent process started."""
+        """Hold the output of a guest that another agent process started."""
         if instance_id in self._held:
             return
         with contextlib.suppress(FileNotFoundError):
@@ -76,7 +76,7 @@ class ConsoleFifos:
         return count[0]
 
     def open(self, instance_id: str) -> tuple[int, int | None]:
-        """Descriptors to read output and write input with, not blocking; no input when the container has ended."""
+        """Descriptors to read output and write input with, not blocking; no input when the guest has ended."""
         held = self._held.get(instance_id)
         stdin, stdout = self.paths(instance_id)
         reader = (
@@ -93,7 +93,7 @@ class ConsoleFifos:
             return reader, None
 
     def release(self, instance_id: str) -> None:
-        """Let go of the output; what is unread is lost once the shim has gone too."""
+        """Let go of the output; what is unread is lost once the guest's process has gone too."""
         fd = self._held.pop(instance_id, None)
         if fd is not None:
             os.close(fd)
@@ -108,13 +108,13 @@ class ConsoleFifos:
         return True
 
     def close(self) -> None:
-        """Let go of all; containers and their FIFOs stay."""
+        """Let go of all; guests and their FIFOs stay."""
         for instance_id in tuple(self._held):
             self.release(instance_id)
 
 
 class FifoConsole:
-    """One attachment; implements the ``EndpointConsole`` contract."""
+    """One attachment; implements the ``EndpointConsole`` contract. ``resize`` None: a line without a size."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class FifoConsole:
         *,
         reader: int,
         writer: int | None,
-        resize: Callable[[ConsoleSize], Awaitable[None]],
+        resize: Callable[[ConsoleSize], Awaitable[None]] | None,
         on_close: Callable[[], None],
     ) -> None:
         self._instance_id = instance_id
@@ -136,15 +136,15 @@ class FifoConsole:
 
     @property
     def resizable(self) -> bool:
-        """A container always has a terminal."""
-        return True
+        """Whether the guest can be told a size."""
+        return self._resize is not None
 
     def endpoint(self) -> ConsoleEndpoint:
         """The two FIFOs."""
         return ConsoleEndpoint(output=self._reader, input=self._writer)
 
     async def read(self, limit: int = 65536) -> bytes:
-        """The next output; empty once the container has ended and all was read, or after ``close``."""
+        """The next output; empty once the guest has ended and all was read, or after ``close``."""
         while not self._closed:
             try:
                 return os.read(self._reader, limit)
@@ -153,7 +153,7 @@ class FifoConsole:
         return b""
 
     async def write(self, data: bytes) -> None:
-        """Type; waits while the container does not read. ``FailedPrecondition`` (``CONSOLE_ENDED``)."""
+        """Type; waits while the guest does not read. ``FailedPrecondition`` (``CONSOLE_ENDED``)."""
         rest = memoryview(data)
         async with self._write_lock:
             while rest:
@@ -167,9 +167,15 @@ class FifoConsole:
                     raise self._ended() from exc
 
     async def resize(self, size: ConsoleSize) -> None:
-        """Set the terminal's size."""
+        """Set the terminal's size. ``Unimplemented`` (``CAPABILITY_MISSING``) where there is none."""
         if self._closed:
             raise self._ended()
+        if self._resize is None:
+            raise Unimplemented(
+                f"the console of {self._instance_id} is a serial line, which has no size: type `stty rows .. cols ..`",
+                reason="CAPABILITY_MISSING",
+                metadata={"instance_id": self._instance_id, "verb": "resize"},
+            )
         await self._resize(size)
 
     async def close(self) -> None:

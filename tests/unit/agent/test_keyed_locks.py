@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from hypervisor.agent.drivers.containerd.keyed_locks import KeyedLocks
+from hypervisor.agent.drivers.keyed_locks import KeyedLocks
 
 
 async def test_one_key_is_held_by_one_task_at_a_time_and_in_order() -> None:
