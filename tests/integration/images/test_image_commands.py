@@ -83,8 +83,9 @@ async def test_import_shows_the_image_and_how_to_name_it(ctl: Ctl, tmp_path: Pat
 
 
 async def test_lists_and_details(ctl: Ctl, tmp_path: Path) -> None:
-    await ctl("image", "import", written(tmp_path, DISK), "--name", "a-disk")
-    await ctl("image", "import", written(tmp_path, bzimage()), "--name", "linux", "--kind", "kernel")
+    disk = await ctl("image", "import", written(tmp_path, DISK), "--name", "a-disk")
+    kernel = await ctl("image", "import", written(tmp_path, bzimage()), "--name", "linux", "--kind", "kernel")
+    assert (disk.code, kernel.code) == (0, 0), (disk, kernel)
 
     table = await ctl("image", "list")
     kernels = await ctl("image", "list", "--filter", "kind=kernel", "-q")

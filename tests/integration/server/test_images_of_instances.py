@@ -17,6 +17,7 @@ from hypervisor.core.states import InstanceType
 from hypervisor.server import keys
 from hypervisor.server.control_plane import ControlPlane, ControlPlaneSettings, ImageSettings
 from hypervisor.server.images.contract import Chunk, ImageRef, ImportHeader
+from hypervisor.server.images.naming import fetch_allowance_s
 from hypervisor.server.services import Caller, InstanceDraft, InstanceRef, StopOptions
 from hypervisor.server.store.storage import Storage
 
@@ -62,6 +63,17 @@ async def test_the_node_is_told_where_the_images_are(storage: Storage, tmp_path:
                 len(KERNEL),
             )
             assert instance.images == {"linux": image_id}
+
+
+async def test_a_create_is_given_time_for_the_images_it_may_have_to_fetch(
+    storage: Storage, tmp_path: Path
+) -> None:
+    async with control_plane(storage, MemoryAgents(), change=with_images(tmp_path / "a")) as plane:
+        await import_kernel(plane)
+
+        assert fetch_allowance_s(plane.committer.known, machine("vm")) == len(KERNEL) / (10 << 20)
+        assert fetch_allowance_s(plane.committer.known, machine("vm", "no-such-image")) == 0.0
+        assert fetch_allowance_s(plane.committer.known, draft("web")) == 0.0
 
 
 async def test_an_image_is_never_deleted_under_an_instance(storage: Storage, tmp_path: Path) -> None:
