@@ -12,17 +12,20 @@ import tempfile
 from pathlib import Path
 from types import TracebackType
 
+from hvtest_driver_watching import read_until
 from hypervisor.agent.drivers.driver import Assignment, Driver
 from hypervisor.agent.drivers.microvm import FirecrackerVmm, MicrovmConfig, MicrovmDriver
 from hypervisor.agent.drivers.microvm.control_groups import ControlGroups
-from hypervisor.agent.drivers.microvm.processes import processes_in
+from hypervisor.agent.drivers.microvm.processes import processes_of
+from hypervisor.agent.drivers.microvm.records import RecordStore
+from hypervisor.agent.drivers.microvm.vmm import Run
 from hypervisor.core.clock import SystemClock
 from hypervisor.core.ids import new_id
 from hypervisor.core.machines import MicrovmOptions, VmmChoice
 from hypervisor.core.model import InstanceSpec
 from hypervisor.core.states import InstanceType
 
-__all__ = ["GUEST", "FirecrackerBench", "assignment", "missing", "started"]
+__all__ = ["GUEST", "FirecrackerBench", "answer", "assignment", "missing", "pid_of", "root_of", "started"]
 
 _SHARE = Path(sys.prefix) / "share"
 FIRECRACKER = Path(os.environ.get("HYPERVISOR_TEST_FIRECRACKER", _SHARE / "firecracker/firecracker"))
@@ -72,6 +75,9 @@ class FirecrackerBench:
             bridges=bridges,
             vmm=VmmChoice.FIRECRACKER,
             jail=jail,
+            # Others may be tested on the same machine.
+            first_uid=1_000_000_000 + os.getpid() * 512,
+            uids=512,
             cgroup=f"hypervisor-test-{self.directory.name}",
         )
 
@@ -81,7 +87,7 @@ class FirecrackerBench:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for run in tuple(processes_in((self.directory,))):
+        for run in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(run.pid, 9)
         groups = ControlGroups(self.config.cgroup_root, self.config.cgroup)
@@ -89,6 +95,11 @@ class FirecrackerBench:
             groups.remove(name)
         groups.remove("")
         shutil.rmtree(self.directory)
+
+    def processes(self) -> tuple[Run, ...]:
+        """Of this node, known to a driver or not."""
+        uids = range(self.config.first_uid, self.config.first_uid + self.config.uids)
+        return tuple(processes_of(self.directory, uids=uids))
 
     def vmm(self) -> FirecrackerVmm:
         """Firecracker, as the configuration has it."""
@@ -140,7 +151,7 @@ class FirecrackerBench:
                 for base in (self.config.data_dir / "instances", self.config.run_dir)
                 for path in base.glob("*")
             ],
-            "processes": [str(run.pid) for run in processes_in((self.directory,))],
+            "processes": [str(run.pid) for run in self.processes()],
             "control groups": list(ControlGroups(self.config.cgroup_root, self.config.cgroup).names()),
         }
         return {kind: names for kind, names in found.items() if names}
@@ -152,3 +163,25 @@ async def started(driver: MicrovmDriver, spec: InstanceSpec) -> str:
     await driver.create(made)
     await driver.start(made.instance_id)
     return made.instance_id
+
+
+async def answer(driver: MicrovmDriver, instance_id: str, line: str, wanted: str) -> str:
+    """What the guest shows after a line, up to the wanted text."""
+    console = await driver.attach(instance_id)
+    try:
+        await console.write(f"{line}\n".encode())
+        return (await read_until(console, wanted.encode())).decode()
+    finally:
+        await console.close()
+
+
+def pid_of(node: FirecrackerBench, instance_id: str) -> int:
+    """The process of the VMM, by the instance's record."""
+    record = next(r for r in RecordStore(node.config.data_dir).load() if r.instance_id == instance_id)
+    assert record.run is not None
+    return record.run.pid
+
+
+def root_of(node: FirecrackerBench, instance_id: str) -> Path:
+    """Root of the jail."""
+    return node.vmm().root(node.config.data_dir / "instances" / instance_id)
