@@ -3,7 +3,6 @@
 import asyncio
 import os
 import stat
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from hypervisor.core.errors import (
     FailedPrecondition,
     HypervisorError,
     InvalidArgument,
-    ResourceExhausted,
     Unavailable,
     Unimplemented,
 )
@@ -112,32 +110,6 @@ async def test_conversations_at_the_same_time_wait_for_one_another_and_a_broken_
 
         assert set(phases) == {VmmPhase.PAUSED}
         assert os.listdir(directory) == ["state.qcow2"]
-        await vmm.resume(guest.machine)
-        assert await guest.answer("echo on") == "on"
-
-
-def mount(*command: str) -> None:
-    subprocess.run(command, check=True)
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a disk that is full")
-async def test_a_state_that_does_not_fit_leaves_nothing_and_the_guest_goes_on(vmm: QemuVmm) -> None:
-    async with VmmProcess(vmm) as guest:
-        await guest.start()
-        await guest.until_ready()
-        directory = state_directory(guest)
-        await vmm.pause(guest.machine)
-        mount("mount", "-t", "tmpfs", "-o", "size=3M", "none", str(directory))
-        try:
-            for _ in range(2):
-                with pytest.raises(ResourceExhausted) as caught:
-                    await vmm.save(guest.machine, directory, kind=SnapshotKind.FULL)
-                assert caught.value.reason == "DISK_FULL"
-                assert os.listdir(directory) == []
-        finally:
-            # Lazily: QEMU keeps the file, which is gone, until its guest runs.
-            mount("umount", "--lazy", str(directory))
-
         await vmm.resume(guest.machine)
         assert await guest.answer("echo on") == "on"
 
@@ -259,25 +231,6 @@ def test_states_work_on_the_loop_that_the_agent_runs_on(vmm: QemuVmm) -> None:
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(save())
-
-
-def process_status(pid: int) -> dict[str, str]:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a process as another user")
-async def test_a_guest_of_a_user_of_its_own_runs_as_that_user(vmm: QemuVmm) -> None:
-    async with VmmProcess(vmm, uid=2_000_123, disk_bytes=1 << 20) as guest:
-        await guest.start()
-        await guest.until_ready()
-        status = process_status(guest.run.pid)
-        directory = state_directory(guest)
-        await vmm.pause(guest.machine)
-        await vmm.save(guest.machine, directory, kind=SnapshotKind.FULL)
-
-        assert status["Uid"].split() == status["Gid"].split() == ["2000123"] * 4
-        assert (status["CapEff"], status["NoNewPrivs"], status["Seccomp"]) == ("0" * 16, "1", "2")
 
 
 # -- without a guest --------------------------------------------------------------------------------------------------
