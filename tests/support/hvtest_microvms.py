@@ -12,17 +12,19 @@ import tempfile
 from pathlib import Path
 from types import TracebackType
 
+from hvtest_driver_watching import read_until
 from hypervisor.agent.drivers.driver import Assignment, Driver
 from hypervisor.agent.drivers.microvm import FirecrackerVmm, MicrovmConfig, MicrovmDriver
 from hypervisor.agent.drivers.microvm.control_groups import ControlGroups
 from hypervisor.agent.drivers.microvm.processes import processes_in
+from hypervisor.agent.drivers.microvm.records import RecordStore
 from hypervisor.core.clock import SystemClock
 from hypervisor.core.ids import new_id
 from hypervisor.core.machines import MicrovmOptions, VmmChoice
 from hypervisor.core.model import InstanceSpec
 from hypervisor.core.states import InstanceType
 
-__all__ = ["GUEST", "FirecrackerBench", "assignment", "missing", "started"]
+__all__ = ["GUEST", "FirecrackerBench", "answer", "assignment", "missing", "pid_of", "root_of", "started"]
 
 _SHARE = Path(sys.prefix) / "share"
 FIRECRACKER = Path(os.environ.get("HYPERVISOR_TEST_FIRECRACKER", _SHARE / "firecracker/firecracker"))
@@ -152,3 +154,25 @@ async def started(driver: MicrovmDriver, spec: InstanceSpec) -> str:
     await driver.create(made)
     await driver.start(made.instance_id)
     return made.instance_id
+
+
+async def answer(driver: MicrovmDriver, instance_id: str, line: str, wanted: str) -> str:
+    """What the guest shows after a line, up to the wanted text."""
+    console = await driver.attach(instance_id)
+    try:
+        await console.write(f"{line}\n".encode())
+        return (await read_until(console, wanted.encode())).decode()
+    finally:
+        await console.close()
+
+
+def pid_of(node: FirecrackerBench, instance_id: str) -> int:
+    """The process of the VMM, by the instance's record."""
+    record = next(r for r in RecordStore(node.config.data_dir).load() if r.instance_id == instance_id)
+    assert record.run is not None
+    return record.run.pid
+
+
+def root_of(node: FirecrackerBench, instance_id: str) -> Path:
+    """Root of the jail."""
+    return node.vmm().root(node.config.data_dir / "instances" / instance_id)

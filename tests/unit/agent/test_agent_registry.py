@@ -57,14 +57,19 @@ def _make(*enabled: str, third_party: tuple[EntryPoint, ...] = (), **table: Driv
 
 
 def test_types_whose_drivers_come_later_are_listed_with_the_reason() -> None:
-    made = _make("vm", "microvm")
+    made = _make("vm")
 
     assert made.offered == ()
     assert [(i.name, i.types, i.available) for i in made.missing] == [
         ("libvirt", (InstanceType.VM,), False),
-        ("firecracker", (InstanceType.MICROVM,), False),
     ]
     assert "libvirt driver" in made.missing[0].reason
+
+
+def test_microvms_have_their_driver_by_their_type() -> None:
+    (offered,) = _make("microvm").offered
+
+    assert (offered.driver.name, offered.types) == ("microvm", (InstanceType.MICROVM,))
 
 
 def test_the_fake_driver_runs_every_type() -> None:

@@ -11,6 +11,7 @@ import msgspec
 import structlog
 
 from hypervisor.core.errors import Internal
+from hypervisor.core.images import Image
 from hypervisor.core.model import Allocation, Instance, Node, OperationRecord, decode
 from hypervisor.server import keys
 from hypervisor.server.keys import RecordKey
@@ -110,6 +111,7 @@ class ClusterState:
         self.operations: dict[str, Versioned[OperationRecord]] = {}
         self.unfinished: dict[str, Versioned[OperationRecord]] = {}
         self.allocations: dict[str, Versioned[Allocation]] = {}
+        self.images: dict[str, Versioned[Image]] = {}
         self._instances_on: dict[str, dict[str, None]] = {}
         self._servers: dict[str, Versioned[ServerRecord]] = {}
         self._hostnames: dict[str, dict[str, None]] = {}
@@ -209,6 +211,8 @@ class ClusterState:
                 self.allocations[a.node_id] = record
             case ServerRecord() as server:
                 self._servers[server.id] = record
+            case Image() as image:
+                self.images[image.id] = record
             case _:
                 pass
 
@@ -231,6 +235,8 @@ class ClusterState:
                 del self.allocations[a.node_id]
             case ServerRecord() as server:
                 del self._servers[server.id]
+            case Image() as image:
+                del self.images[image.id]
             case _:
                 pass
 

@@ -4,6 +4,7 @@ An entry point of the group ``hypervisor.drivers`` names a :class:`DriverFactory
 why, at start-up and in the node's DriverInfo, and the others go on.
 """
 
+import os
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,17 +81,45 @@ def _make_containerd(context: DriverContext) -> Driver:
     return ContainerdDriver(config, clock=context.clock, rng=context.rng, new_id=context.new_id)
 
 
+def _make_microvm(context: DriverContext) -> Driver:
+    # Imported here: nodes without microVMs do not need an HTTP client.
+    from hypervisor.agent.drivers.microvm import FirecrackerVmm, MicrovmConfig, MicrovmDriver
+    from hypervisor.agent.drivers.microvm.qemu import QemuVmm
+    from hypervisor.agent.drivers.microvm.qemu_command import Accelerator
+
+    section, machines = context.microvm, context.machines
+    config = MicrovmConfig(
+        data_dir=section.data_dir,
+        run_dir=section.run_dir,
+        roots=machines.roots,
+        bridges=machines.bridges,
+        kernel=machines.kernel,
+        vmm=section.vmm,
+        probe_timeout_s=section.probe_timeout,
+        jail=section.jail,
+        first_uid=section.first_uid,
+    )
+    jailer = section.jailer if section.jail and os.geteuid() == 0 else None
+    vmms = (
+        FirecrackerVmm(section.firecracker, jailer=jailer, clock=context.clock),
+        QemuVmm(section.qemu, Accelerator.KVM, clock=context.clock),
+        QemuVmm(section.qemu, Accelerator.TCG, clock=context.clock),
+    )
+    return MicrovmDriver(config, vmms, clock=context.clock, new_id=context.new_id)
+
+
 def _make_fake(context: DriverContext) -> Driver:
     return FakeDriver(FakeConfig(state_dir=context.data_dir / "fake"), clock=context.clock)
 
 
 DRIVERS: Mapping[str, DriverFactory] = {
     "containerd": DriverFactory("containerd", (InstanceType.CONTAINER,), _make_containerd),
+    "microvm": DriverFactory("microvm", (InstanceType.MICROVM,), _make_microvm),
     "fake": DriverFactory("fake", tuple(InstanceType), _make_fake),
 }
 """Drivers of this package."""
 
-_BY_TYPE: Mapping[str, str] = {"container": "containerd"}
+_BY_TYPE: Mapping[str, str] = {"container": "containerd", "microvm": "microvm"}
 """Which of them ``drivers.enabled`` means by an instance type."""
 
 _LATER: Mapping[str, DriverInfo] = {
@@ -101,16 +130,6 @@ _LATER: Mapping[str, DriverInfo] = {
         reason="virtual machines come with the libvirt driver, which is not in this version",
         capabilities=tuple(
             Capability(verb=verb, supported=False, reason="the libvirt driver is not in this version")
-            for verb in VERBS
-        ),
-    ),
-    "microvm": DriverInfo(
-        name="firecracker",
-        types=(InstanceType.MICROVM,),
-        available=False,
-        reason="microVMs come with the Firecracker driver, which is not in this version",
-        capabilities=tuple(
-            Capability(verb=verb, supported=False, reason="the Firecracker driver is not in this version")
             for verb in VERBS
         ),
     ),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hypervisor.agent.drivers.driver import Assignment
+from hypervisor.agent.drivers.local_images import located
 from hypervisor.agent.drivers.machine_disks import DiskFormat, disk_size_bytes, probe_disk
 from hypervisor.agent.drivers.machine_files import IMAGE_INVALID, MachineFile, open_machine_file
 from hypervisor.agent.drivers.microvm.config import MicrovmConfig
@@ -104,10 +105,17 @@ class Sources:
                 file.close()
 
 
-async def open_sources(spec: InstanceSpec, config: MicrovmConfig) -> Sources:
-    """Open what the specification names. Errors of :mod:`.machine_files` and :mod:`.machine_disks`."""
+async def open_sources(assignment: Assignment, config: MicrovmConfig) -> Sources:
+    """Open what the specification names: files of the node, or images in its cache. Errors of
+    :mod:`..local_images`, :mod:`..machine_files` and :mod:`..machine_disks`."""
+    spec = assignment.spec
+
+    async def opened(field: str) -> MachineFile:
+        path, roots = located(assignment, field, roots=config.roots)
+        return await open_machine_file(path, field=f"spec.{field}", roots=roots)
+
     if spec.kernel_path:
-        kernel = await open_machine_file(spec.kernel_path, field="spec.kernel_path", roots=config.roots)
+        kernel = await opened("kernel_path")
     else:
         assert config.kernel is not None
         kernel = await open_machine_file(
@@ -116,12 +124,10 @@ async def open_sources(spec: InstanceSpec, config: MicrovmConfig) -> Sources:
     sources = Sources(kernel)
     try:
         if spec.initrd_path:
-            sources.initrd = await open_machine_file(
-                spec.initrd_path, field="spec.initrd_path", roots=config.roots
-            )
+            sources.initrd = await opened("initrd_path")
         sources.disk_bytes = spec.disk_gb * GIB
         if spec.image:
-            sources.image = await open_machine_file(spec.image, field="spec.image", roots=config.roots)
+            sources.image = await opened("image")
             image = await probe_disk(sources.image)
             if image.format is not DiskFormat.RAW:
                 raise InvalidArgument.of_field(

@@ -19,7 +19,7 @@ from hypervisor.agent.drivers.microvm.records import Record, RecordStore
 from hypervisor.agent.drivers.microvm.runner import Runner
 from hypervisor.agent.drivers.microvm.snapshots import Snapshots
 from hypervisor.agent.drivers.microvm.tracking import SUSPENDED, Live, Tracker
-from hypervisor.agent.drivers.microvm.vmm import Run, SavedState, Vmm
+from hypervisor.agent.drivers.microvm.vmm import Machine, Run, SavedState, Vmm
 from hypervisor.agent.drivers.uninterrupted import uninterrupted
 from hypervisor.agent.stats.sources import StatsSource
 from hypervisor.core.clock import Clock
@@ -95,7 +95,7 @@ class MicrovmDriver:
         instance_id, spec = assignment.instance_id, assignment.spec
         options = spec.microvm or MicrovmOptions()
         choice = await self._chooser.choose(options.vmm)
-        sources = await open_sources(spec, self._config)
+        sources = await open_sources(assignment, self._config)
         uid = self._tracker.free_uid() if self._config.jail and os.geteuid() == 0 else 0
         record = _record(
             assignment, choice, uid=uid, initrd=sources.initrd is not None, disk=sources.disk_bytes > 0
@@ -140,7 +140,7 @@ class MicrovmDriver:
             live = await self._tracker.known(instance_id)
             if live.running:
                 return self._tracker.observe(live)
-            await self._settle_ended(live)
+            await self._tracker.settle_ended(live)
             if not live.record.suspended:
                 return await uninterrupted(self._start(live))
             directory = self._tracker.machine(live.record).directory / SUSPENDED
@@ -153,11 +153,6 @@ class MicrovmDriver:
                 raise
             await asyncio.to_thread(remove_tree, directory)
             return observation
-
-    async def _settle_ended(self, live: Live) -> None:
-        """A run that ended a moment ago, of which nobody has told yet."""
-        if live.process is not None:
-            await self._tracker.settle(live, live.process)
 
     async def _start(self, live: Live, state: SavedState | None = None, *, based_on: str = "") -> Observation:
         record = live.record
@@ -341,12 +336,17 @@ class MicrovmDriver:
 
     async def get(self, instance_id: str) -> Observation:
         """As it is now."""
-        return self._tracker.observe(await self._tracker.known(instance_id))
+        live = await self._tracker.known(instance_id)
+        if live.process is not None and live.process.ended:
+            # Its end is about to be told; nobody shall see it in between.
+            async with self._tracker.locks.hold(instance_id):
+                await self._tracker.settle_ended(live)
+        return self._tracker.observe(live)
 
     async def list(self) -> tuple[Observation, ...]:
         """All that have a record."""
         await self._tracker.load()
-        return tuple(self._tracker.observe(live) for live in self._tracker.live.values())
+        return tuple([await self.get(instance_id) for instance_id in tuple(self._tracker.live)])
 
     async def stats_source(self, instance_id: str) -> StatsSource:
         """The control group of its VMM, and the tap of its first card."""
@@ -388,6 +388,10 @@ class MicrovmDriver:
         live.console = FifoConsole(instance_id, reader=reader, writer=writer, resize=None, on_close=closed)
         return live.console
 
+    def machine(self, instance_id: str) -> Machine:
+        """What the VMM of a known instance is told; KeyError for another."""
+        return self._tracker.machine(self._tracker.live[instance_id].record)
+
     async def recover(self, instance_id: str, handle: Handle) -> Observation | None:
         """Adopt it: its record and its process say everything, the handle only that there was something."""
         await self._tracker.load()
@@ -396,6 +400,7 @@ class MicrovmDriver:
             if live is None:
                 return None
             await self._tracker.confirm(live)
+            await self._tracker.settle_ended(live)
             return self._tracker.observe(live)
 
     async def events(self) -> AsyncIterator[Observation]:

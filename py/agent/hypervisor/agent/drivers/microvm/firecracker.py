@@ -217,6 +217,12 @@ class FirecrackerVmm:
                     return found
         raise Unavailable("Firecracker has told no metrics", reason="VMM_UNREACHABLE")
 
+    async def configuration(self, machine: Machine) -> Mapping[str, Any]:
+        """The machine as Firecracker has it; see FullVmConfiguration of its API."""
+        async with self._api(machine) as api:
+            shown: Mapping[str, Any] = await api.get("/vm/config")
+        return shown
+
     def _api(self, machine: Machine) -> FirecrackerApi:
         return FirecrackerApi(self.root(machine.directory) / _SOCKET, clock=self._clock)
 

@@ -7,6 +7,7 @@ loop as it happens, be it a child or one that an earlier agent made. Only a chil
 import asyncio
 import contextlib
 import os
+import select
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +39,7 @@ class VmmProcess:
 
     @classmethod
     def adopt(cls, run: Run) -> "VmmProcess | None":
-        """The process of a run that another agent began; None when it has ended."""
+        """The process of a run that another agent began; None when it is gone."""
         if run.boot_id != boot_id():
             return None
         try:
@@ -49,7 +50,11 @@ class VmmProcess:
         if _started(run.pid) != run.started:
             os.close(pidfd)
             return None
-        return cls(run, pidfd, None)
+        process = cls(run, pidfd, None)
+        if _is_readable(pidfd):
+            # It has ended, and nobody has waited for it yet.
+            process._end()
+        return process
 
     @property
     def ended(self) -> bool:
@@ -91,6 +96,8 @@ class VmmProcess:
         if self._child is not None:
             code = self._child.wait()
             self._exit_code = code if code >= 0 else 128 - code
+        else:
+            self._exit_code = _reap(self._pidfd)
         self._ended.set()
         self.close()
         for listener in self._listeners:
@@ -135,6 +142,23 @@ def processes_in(directories: Sequence[Path]) -> Iterator[Run]:
                 if started is not None:
                     yield Run(int(entry.name), started, boot)
                 break
+
+
+def _is_readable(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _reap(pidfd: int) -> int | None:
+    """The exit code, should it be this process's child after all: an earlier driver in it may have made it."""
+    try:
+        told = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+    except ChildProcessError:
+        return None
+    if told is None:
+        return None
+    return told.si_status if told.si_code == os.CLD_EXITED else 128 + told.si_status
 
 
 def _started(pid: int) -> int | None:

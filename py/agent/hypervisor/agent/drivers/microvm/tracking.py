@@ -78,11 +78,12 @@ class Tracker:
             if record.run is not None:
                 live.process = VmmProcess.adopt(record.run)
             self.live[record.instance_id] = live
-            if live.process is not None:
+            if record.run is not None:
                 self._runner.fifos.adopt(record.instance_id)
-                self.watch(live, live.process)
-            elif record.run is not None:
-                await self.settle(live, None)
+                if live.process is None or live.process.ended:
+                    await self.settle(live, live.process)
+                else:
+                    self.watch(live, live.process)
 
     async def known(self, instance_id: str) -> Live:
         """``NotFound`` (``INSTANCE_NOT_FOUND``)."""
@@ -156,17 +157,22 @@ class Tracker:
         process.on_end(ended)
 
     async def _settle_ended(self, live: Live, process: VmmProcess) -> None:
-        instance_id = live.record.instance_id
-        async with self.locks.hold(instance_id):
+        async with self.locks.hold(live.record.instance_id):
             # A stop, a delete or another start has settled it meanwhile.
-            if live.process is not process or self.live.get(instance_id) is not live:
-                return
-            try:
-                observation = await self.settle(live, process)
-            except HypervisorError as exc:
-                _log.warning("microvm_end_not_recorded", instance_id=instance_id, error=str(exc))
-                observation = self.observe(live)
-            self.events.put_nowait(observation)
+            if live.process is process:
+                await self.settle_ended(live)
+
+    async def settle_ended(self, live: Live) -> None:
+        """Settle a run that has ended by itself, if it has, and tell of it; called with the instance's lock held."""
+        instance_id = live.record.instance_id
+        if live.process is None or not live.process.ended or self.live.get(instance_id) is not live:
+            return
+        try:
+            observation = await self.settle(live, live.process)
+        except HypervisorError as exc:
+            _log.warning("microvm_end_not_recorded", instance_id=instance_id, error=str(exc))
+            observation = self.observe(live)
+        self.events.put_nowait(observation)
 
     async def settle(
         self, live: Live, process: VmmProcess | None, *, forced: bool = False, suspended: bool = False
