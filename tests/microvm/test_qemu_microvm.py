@@ -7,6 +7,7 @@ import signal
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,11 @@ from hvtest_qemu_microvms import QemuBench, lacking, start_ready
 from hypervisor.agent.drivers.driver import Assignment
 from hypervisor.agent.drivers.microvm import MicrovmDriver
 from hypervisor.agent.drivers.microvm.processes import processes_in
+from hypervisor.agent.drivers.microvm.qemu_command import Accelerator
+from hypervisor.core.clock import SystemClock
 from hypervisor.core.errors import InvalidArgument, NotFound, Unimplemented
 from hypervisor.core.ids import new_id
-from hypervisor.core.machines import MicrovmOptions, NetworkInterface, RateLimit, SnapshotKind
+from hypervisor.core.machines import MicrovmOptions, NetworkInterface, RateLimit, SnapshotKind, VmmChoice
 from hypervisor.core.model import InstanceSpec
 from hypervisor.core.states import InstanceStatus, InstanceType
 
@@ -153,7 +156,7 @@ async def test_a_qemu_that_is_killed_is_told_as_failed_with_the_reason(
         os.kill(only_process(bench), signal.SIGKILL)
         seen = await within(the_end(events, instance_id), what="the end is told", timeout_s=5.0)
 
-    assert (seen.status, seen.exit_code) == (InstanceStatus.FAILED, 137)
+    assert (seen.status, seen.reason, seen.exit_code) == (InstanceStatus.FAILED, "KILLED", 137)
     assert "SIGKILL" in seen.message
     assert (await driver.start(instance_id)).status is InstanceStatus.RUNNING
     await driver.delete(instance_id)
@@ -311,3 +314,26 @@ async def test_what_is_not_there_is_not_found(bench: QemuBench, driver: MicrovmD
 
     assert caught.value.reason == "IMAGE_NOT_FOUND"
     assert "spec.initrd_path" in caught.value.message
+
+
+async def test_without_a_wish_the_accelerator_is_one_that_boots_guests_here_and_why_is_told(
+    bench: QemuBench,
+) -> None:
+    config = replace(bench.config, vmm=VmmChoice.AUTO, kernel=bench.kernel)
+    vmms = (bench.vmm(Accelerator.KVM), bench.vmm(Accelerator.TCG))
+    driver = MicrovmDriver(config, vmms, clock=SystemClock(), new_id=new_id)
+    try:
+        instance_id = await created(driver, bench.shell())
+        seen = await start_ready(driver, instance_id)
+
+        # Either a probe has shown that KVM boots guests, or what keeps it from that is told.
+        by_kvm = seen.runtime.endswith("(kvm)")
+        assert by_kvm or seen.runtime.endswith("(tcg)")
+        assert ("as a probe has shown" in seen.runtime_reason) == by_kvm
+        assert by_kvm or "kvm" in seen.runtime_reason
+        assert (await driver.info()).available
+        await driver.delete(instance_id)
+        assert bench.leftovers() == {}
+        print(seen.runtime, seen.runtime_reason)
+    finally:
+        await driver.aclose()

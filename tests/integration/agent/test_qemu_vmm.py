@@ -165,7 +165,7 @@ async def test_a_qemu_that_is_killed_is_a_crash_with_the_reason(vmm: QemuVmm) ->
 
         end = vmm.end_of(guest.machine, await guest.ended())
 
-        assert (end.crashed, end.message) == (True, "QEMU was killed by SIGKILL")
+        assert (end.crashed, end.message) == (True, "QEMU was ended by SIGKILL")
         assert vmm.end_of(guest.machine, None).crashed
 
 

@@ -39,8 +39,11 @@ def test_the_last_cause_counts() -> None:
 
 
 def test_a_signal_is_named() -> None:
-    assert explain_end("", 137) == End(True, 137, "QEMU was killed by SIGKILL")
-    assert explain_end(cause(6), 139).message == "QEMU was killed by SIGSEGV"
+    assert explain_end("", 137) == End(True, 137, "QEMU was ended by SIGKILL")
+    assert explain_end(cause(6), 139).message == "QEMU crashed (SIGSEGV)"
+    assert explain_end("qemu-system-x86_64: x: Assertion failed", 134).message.endswith(
+        "(SIGABRT): x: Assertion failed"
+    )
     assert "signal 99" in explain_end("", 128 + 99).message
 
 
