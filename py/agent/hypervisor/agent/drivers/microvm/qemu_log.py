@@ -49,10 +49,9 @@ def explain_end(log: str, exit_code: int | None) -> End:
             1 if exit_code is None else exit_code,
             "the guest's kernel panicked: see the end of its console",
         )
-    if cause in _ORDERLY and not exit_code:
-        return End(False, 0)
-    if exit_code == 0:
-        return End(False, 0)
+    if exit_code == 0 or (cause in _ORDERLY and not exit_code):
+        by_host = cause in (_Cause.HOST_SIGNAL, _Cause.HOST_QMP_QUIT)
+        return End(False, 0, "QEMU was told to end" if by_host else "the guest ended")
     words = last_words(log)
     if exit_code is None:
         return End(
