@@ -45,8 +45,10 @@ async def test_a_guest_runs_answers_pauses_and_ends_when_it_is_asked_to(vmm: Qem
     options = MicrovmOptions(balloon=True, disk_limit=RateLimit(operations_per_second=1000))
     async with VmmProcess(vmm, disk_bytes=3 << 20, options=options) as guest:
         await guest.start()
-        await guest.until_ready()
+        printed = await guest.until_printed(b"READY")
+        await guest.until_printed(b"# ")
 
+        assert b"SeaBIOS" not in printed, "the firmware uses the guest's console, and takes what is typed"
         assert await vmm.phase(guest.machine) is VmmPhase.RUNNING
         assert await guest.answer("cat /sys/block/vda/size") == str((3 << 20) // 512)
         assert await guest.answer("dd if=/dev/zero of=/dev/vda bs=4096 count=2 2>/dev/null; echo $?") == "0"
