@@ -117,9 +117,9 @@ class QemuBench:
         shutil.rmtree(self.directory)
         shutil.rmtree(self.config.run_dir)
 
-    def vmm(self) -> QemuVmm:
-        """QEMU by TCG."""
-        return QemuVmm(_QEMU, Accelerator.TCG, clock=SystemClock())
+    def vmm(self, accelerator: Accelerator = Accelerator.TCG) -> QemuVmm:
+        """QEMU by TCG, which runs guests everywhere, or by another accelerator."""
+        return QemuVmm(_QEMU, accelerator, clock=SystemClock())
 
     async def open(self) -> Driver:
         """A driver, as an agent that starts makes one, but see :class:`ReadyDriver`."""
