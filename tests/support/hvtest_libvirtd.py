@@ -163,7 +163,6 @@ class PrivateLibvirtd:
                 stdout=log,
                 stderr=log,
                 env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"},
-                preexec_fn=_die_with_parent,
             )
         eventually(self._answers, what=f"libvirtd answers; see {self._log}", timeout_s=_START_S)
 
