@@ -186,6 +186,16 @@ class PrivateLibvirtd:
         self._daemon.wait()
         self._daemon = None
 
+    def freeze(self) -> None:
+        """Let it hang: SIGSTOP."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on. nsenter stops together with what it waits for."""
+        assert self._daemon is not None
+        for pid in (self.pid, self._daemon.pid):
+            os.kill(pid, signal.SIGCONT)
+
     def virsh(self, *arguments: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
         """Run virsh against it."""
         return subprocess.run(

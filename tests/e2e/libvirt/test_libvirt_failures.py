@@ -166,13 +166,12 @@ class TestLibvirtd:
                 ticks += 1
 
         ticking = asyncio.ensure_future(tick())
-        daemon = bench.libvirtd.pid
-        os.kill(daemon, signal.SIGSTOP)
+        bench.libvirtd.freeze()
         try:
             with pytest.raises(HypervisorError) as caught:
                 await driver.get(made.instance_id)
         finally:
-            os.kill(daemon, signal.SIGCONT)
+            bench.libvirtd.thaw()
             ticking.cancel()
 
         assert caught.value.reason in ("DRIVER_TIMEOUT", "DRIVER_UNAVAILABLE")
