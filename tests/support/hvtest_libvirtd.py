@@ -163,7 +163,6 @@ class PrivateLibvirtd:
                 stdout=log,
                 stderr=log,
                 env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"},
-                preexec_fn=_die_with_parent,
             )
         eventually(self._answers, what=f"libvirtd answers; see {self._log}", timeout_s=_START_S)
 
@@ -186,6 +185,16 @@ class PrivateLibvirtd:
         assert self._daemon is not None
         self._daemon.wait()
         self._daemon = None
+
+    def freeze(self) -> None:
+        """Let it hang: SIGSTOP."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on. nsenter stops together with what it waits for."""
+        assert self._daemon is not None
+        for pid in (self.pid, self._daemon.pid):
+            os.kill(pid, signal.SIGCONT)
 
     def virsh(self, *arguments: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
         """Run virsh against it."""

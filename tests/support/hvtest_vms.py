@@ -2,16 +2,17 @@
 
 import random
 
+from hvtest_driver_watching import read_until
 from hvtest_guests import KERNEL_ARGS, linux_guest
 from hvtest_libvirtd import PrivateLibvirtd
-from hypervisor.agent.drivers.driver import Assignment
+from hypervisor.agent.drivers.driver import Assignment, Console
 from hypervisor.agent.drivers.libvirt import LibvirtConfig, LibvirtDriver
 from hypervisor.core.clock import SystemClock
 from hypervisor.core.ids import new_id
 from hypervisor.core.model import InstanceSpec
 from hypervisor.core.states import InstanceType
 
-__all__ = ["MEMORY_MB", "VmBench", "vm_assignment"]
+__all__ = ["MEMORY_MB", "VmBench", "answer", "ready", "started", "vm_assignment"]
 
 MEMORY_MB = 96
 
@@ -90,3 +91,30 @@ def vm_assignment(spec: InstanceSpec, **more: object) -> Assignment:
         "spec": spec,
     }
     return Assignment(**(settings | more))  # type: ignore[arg-type]
+
+
+async def started(driver: LibvirtDriver, spec: InstanceSpec) -> Assignment:
+    """An instance that runs."""
+    made = vm_assignment(spec)
+    await driver.create(made)
+    await driver.start(made.instance_id)
+    return made
+
+
+async def ready(driver: LibvirtDriver, spec: InstanceSpec) -> tuple[Assignment, Console]:
+    """An instance whose guest takes commands, and its console."""
+    made = await started(driver, spec)
+    console = await driver.attach(made.instance_id)
+    await read_until(console, b"READY")
+    return made, console
+
+
+async def answer(console: Console, command: str) -> str:
+    """What the guest's shell prints for a command."""
+    word = new_id("w")
+    first, last = f"[{word}", f"{word}]"
+    # Each in two halves, so that the terminal's echo of the line is not taken for them.
+    line = f"echo '[''{word}'; {command}; echo '{word}'']'"
+    await console.write(line.encode() + b"\n")
+    seen = (await read_until(console, f"{last}\r\n".encode())).decode(errors="replace")
+    return seen.partition(f"{first}\r\n")[2].rpartition(last)[0].replace("\r\n", "\n").strip()

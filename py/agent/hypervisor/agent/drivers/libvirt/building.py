@@ -5,6 +5,7 @@ import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 from msgspec.structs import replace
@@ -114,7 +115,7 @@ class Builder:
         directory = self._config.instances / record.instance_id
         seed = None
         try:
-            await asyncio.to_thread(directory.mkdir, mode=0o711, parents=True, exist_ok=True)
+            await asyncio.to_thread(_make_directories, self._config.data_dir, directory.parent, directory)
             if assignment.spec.cloud_init is not None:
                 seed = directory / "seed.iso"
                 content = await asyncio.to_thread(
@@ -177,3 +178,9 @@ class Builder:
             _log.warning("base_files_not_swept", error=str(exc))
             return
         await self._bases.sweep(used)
+
+
+def _make_directories(*directories: Path) -> None:
+    """QEMU's user may go through them, and nobody but the agent look into them."""
+    for directory in directories:
+        directory.mkdir(mode=0o711, parents=True, exist_ok=True)
