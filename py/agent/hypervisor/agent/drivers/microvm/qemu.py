@@ -25,9 +25,10 @@ from hypervisor.agent.drivers.microvm.qemu_command import (
     Accelerator,
     build_command,
 )
+from hypervisor.agent.drivers.microvm.qemu_kernel import kernel_problem
 from hypervisor.agent.drivers.microvm.qemu_log import explain_end
 from hypervisor.agent.drivers.microvm.qemu_monitor import Monitor, disk_full, open_monitor
-from hypervisor.agent.drivers.microvm.vmm import LOG, End, Launch, Machine, Run, SavedState, VmmPhase
+from hypervisor.agent.drivers.microvm.vmm import KERNEL, LOG, End, Launch, Machine, Run, SavedState, VmmPhase
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import (
     FailedPrecondition,
@@ -129,7 +130,7 @@ class QemuVmm:
         return directory / "root"
 
     def check(self, machine: Machine) -> None:
-        """Refuse what only Firecracker has, and vsock where the node's kernel has none."""
+        """Refuse what only Firecracker has, vsock where the node's kernel has none, and a kernel it cannot boot."""
         options = machine.options
         wrong = []
         if options.metadata:
@@ -156,6 +157,15 @@ class QemuVmm:
             )
         if wrong:
             raise InvalidArgument.of_fields(tuple(wrong))
+        fd = open_own(self.root(machine.directory) / KERNEL)
+        try:
+            problem = kernel_problem(fd)
+        finally:
+            os.close(fd)
+        if problem:
+            raise InvalidArgument.of_field(
+                "spec.kernel_path", f"QEMU cannot boot it: {problem}", reason="IMAGE_INVALID"
+            )
 
     async def launch(self, machine: Machine) -> Launch:
         """QEMU, stopped and waiting for QMP."""

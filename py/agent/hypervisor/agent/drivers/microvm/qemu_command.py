@@ -63,7 +63,7 @@ def build_command(
         *(("-runas", f"{machine.uid}:{machine.uid}") if machine.uid else ()),
         *(
             "-machine",
-            "q35,usb=off,sata=off,smbus=off,hpet=off,vmport=off,smm=off,i8042=off,graphics=off,dump-guest-core=off",
+            "q35,usb=off,sata=off,smbus=off,hpet=off,vmport=off,smm=off,i8042=off,dump-guest-core=off",
         ),
         *(
             "-accel",
