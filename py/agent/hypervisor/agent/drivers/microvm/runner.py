@@ -12,7 +12,7 @@ from hypervisor.agent.drivers.fifo_console import ConsoleFifos
 from hypervisor.agent.drivers.microvm.config import MicrovmConfig
 from hypervisor.agent.drivers.microvm.control_groups import ControlGroups
 from hypervisor.agent.drivers.microvm.files import make_file
-from hypervisor.agent.drivers.microvm.processes import VmmProcess, end_now, processes_of, spawn
+from hypervisor.agent.drivers.microvm.processes import VmmProcess, end_now, processes_in, spawn
 from hypervisor.agent.drivers.microvm.taps import make_tap, remove_tap
 from hypervisor.agent.drivers.microvm.vmm import LOG, Launch, Machine, Run, SavedState, Vmm
 from hypervisor.core.errors import DeadlineExceeded, FailedPrecondition, HypervisorError
@@ -103,7 +103,7 @@ class Runner:
 
     def _kill_strays(self, machine: Machine) -> None:
         uids = range(machine.uid, machine.uid + 1) if machine.uid else range(0)
-        pids = {run.pid for run in processes_of(machine.directory, uids=uids)}
+        pids = {run.pid for run in processes_in((machine.directory,), uids=uids, word=machine.instance_id)}
         for pid in pids.union(self.groups.pids(machine.instance_id)):
             _log.warning("microvm_stray_killed", instance_id=machine.instance_id, pid=pid)
             if not end_now(pid, timeout_s=_FORCED_END_S):
