@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,18 @@ from hvtest_driver_watching import events_of, read_until, the_end
 from hvtest_microvms import FirecrackerBench, answer, assignment, pid_of, root_of, started
 from hypervisor.agent.drivers.microvm import MicrovmDriver
 from hypervisor.agent.drivers.microvm.records import RecordStore
-from hypervisor.core.errors import FailedPrecondition
+from hypervisor.core.errors import FailedPrecondition, InvalidArgument
 from hypervisor.core.machines import MicrovmOptions, RateLimit
 from hypervisor.core.states import InstanceStatus
+
+
+def qcow2_of(node: FirecrackerBench, data: bytes) -> Path:
+    """A compressed image of a disk with the data."""
+    raw, image = node.images / "raw", node.images / "image.qcow2"
+    raw.write_bytes(data)
+    words = ["qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", str(raw), str(image)]
+    subprocess.run(words, check=True, timeout=60)
+    return image
 
 
 async def test_the_guest_has_the_memory_and_the_arguments_of_its_specification(
@@ -47,6 +57,44 @@ async def test_the_disk_is_the_instances_own_and_outlives_a_stop(
     await answer(micro, second, "r", "DISK from the image\r\n")
     assert base.read_bytes().startswith(b"from the image\0")
     assert (root_of(node, first) / "disk.raw").stat().st_size == 1 << 30
+
+
+async def test_a_qcow2_image_becomes_a_raw_disk_of_the_size_asked_for(
+    node: FirecrackerBench, micro: MicrovmDriver
+) -> None:
+    image = qcow2_of(node, b"from the qcow2".ljust(1 << 20, b"\0"))
+
+    instance_id = await started(micro, replace(node.spec(disk_gb=1), image=str(image)))
+
+    await answer(micro, instance_id, "r", "DISK from the qcow2\r\n")
+    disk = (root_of(node, instance_id) / "disk.raw").stat()
+    assert disk.st_size == 1 << 30
+    assert disk.st_blocks * 512 < 1 << 20
+
+
+async def test_a_qcow2_image_that_is_broken_inside_is_refused(
+    node: FirecrackerBench, micro: MicrovmDriver
+) -> None:
+    image = qcow2_of(node, os.urandom(1 << 20))
+    data = bytearray(image.read_bytes())
+    # Tables of clusters that lead nowhere.
+    data[0x30000:0x50000] = os.urandom(0x20000)
+    image.write_bytes(data)
+
+    with pytest.raises(InvalidArgument) as caught:
+        await micro.create(assignment(replace(node.spec(), image=str(image))))
+
+    assert (caught.value.reason, caught.value.metadata["field"]) == ("IMAGE_INVALID", "spec.image")
+    assert node.leftovers() == {}
+
+
+async def test_the_last_microvm_takes_its_control_groups_along(
+    node: FirecrackerBench, micro: MicrovmDriver
+) -> None:
+    instance_id = await started(micro, node.shell())
+    await micro.delete(instance_id)
+
+    assert not list(node.config.cgroup_root.glob(f"*/{node.config.cgroup}"))
 
 
 async def test_a_guest_that_hears_is_stopped_politely(node: FirecrackerBench, micro: MicrovmDriver) -> None:

@@ -254,6 +254,8 @@ class Tracker:
         # The record is in it: what cannot be removed at once is found by its directory the next time.
         existed |= await asyncio.to_thread(remove_tree, directory)
         self.live.pop(instance_id, None)
+        if not self.live:
+            await asyncio.to_thread(self._runner.groups.remove_parent)
         return existed
 
     async def aclose(self) -> None:
