@@ -306,25 +306,69 @@ async def test_a_vmm_that_cannot_be_run_says_why_and_leaves_nothing(
     assert "control groups" not in left
 
 
+@pytest.mark.parametrize(
+    "known", [False, True], ids=["before it recorded the process", "before its guest ran"]
+)
 async def test_a_start_that_the_agent_did_not_survive_is_begun_anew(
-    node: FirecrackerBench, micro: MicrovmDriver
+    node: FirecrackerBench, micro: MicrovmDriver, known: bool
 ) -> None:
     instance_id = await started(micro, node.shell())
     stray = pid_of(node, instance_id)
     await micro.aclose()
-    # As if the agent had died between the spawning and the recording.
+    store = RecordStore(node.config.data_dir)
+    (record,) = store.load()
+    store.save(replace(record, run=record.run if known else None, starting=True, started_at=None))
+
+    other = node.driver()
+    seen = await other.recover(instance_id, {})
+    assert seen is not None
+    assert (seen.status, seen.started_at) == (InstanceStatus.STOPPED, None)
+    await other.start(instance_id)
+
+    assert pid_of(node, instance_id) != stray
+    assert stray not in {run.pid for run in node.processes()}
+    await answer(other, instance_id, "echo anew", "anew\r\nanew\r\n")
+    await other.delete(instance_id)
+    await other.aclose()
+
+
+async def test_what_a_start_that_was_cut_off_left_goes_with_the_instance(
+    node: FirecrackerBench, micro: MicrovmDriver
+) -> None:
+    instance_id = await started(micro, node.shell())
+    await micro.aclose()
     store = RecordStore(node.config.data_dir)
     (record,) = store.load()
     store.save(replace(record, run=None, starting=True, started_at=None))
 
     other = node.driver()
-    seen = await other.recover(instance_id, {})
-    assert seen is not None
-    assert seen.status is InstanceStatus.STOPPED
-    await other.start(instance_id)
+    assert await other.delete(instance_id)
+    await other.aclose()
 
-    assert pid_of(node, instance_id) != stray
-    assert not (Path("/proc") / str(stray) / "root").exists()
-    await answer(other, instance_id, "echo anew", "anew\r\nanew\r\n")
+    assert node.leftovers() == {}
+
+
+async def test_a_log_that_grows_is_cut_and_still_tells_the_end(
+    node: FirecrackerBench, micro: MicrovmDriver
+) -> None:
+    """A guest can make its VMM complain as often as it likes."""
+    instance_id = await started(micro, node.spec(disk_gb=1))
+    await answer(micro, instance_id, "noise 40000", "QUIET\r\n")
+    log = root_of(node, instance_id) / "vmm.log"
+    before = log.stat().st_blocks * 512
+
+    await micro.trim_logs(most_bytes=1 << 20)
+
+    assert before > 1 << 20
+    assert log.stat().st_blocks * 512 < 1 << 16
+    await micro.aclose()
+    other = node.driver()
+    async with events_of(other) as events:
+        await other.recover(instance_id, {})
+        console = await other.attach(instance_id)
+        await console.write(b"q\n")
+        seen = await the_end(events, instance_id)
+        await console.close()
+    assert (seen.reason, seen.exit_code) == ("EXITED", 0)
     await other.delete(instance_id)
     await other.aclose()
