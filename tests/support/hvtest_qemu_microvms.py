@@ -13,7 +13,7 @@ from hvtest_guests import KERNEL_ARGS, linux_guest
 from hypervisor.agent.drivers.driver import Assignment, Driver, Handle
 from hypervisor.agent.drivers.microvm import MicrovmConfig, MicrovmDriver
 from hypervisor.agent.drivers.microvm.control_groups import ControlGroups
-from hypervisor.agent.drivers.microvm.processes import processes_in
+from hypervisor.agent.drivers.microvm.processes import processes_of
 from hypervisor.agent.drivers.microvm.qemu import QemuVmm
 from hypervisor.agent.drivers.microvm.qemu_command import Accelerator
 from hypervisor.core.clock import SystemClock
@@ -107,7 +107,7 @@ class QemuBench:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for run in tuple(processes_in((self.directory,))):
+        for run in tuple(processes_of(self.directory)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(run.pid, 9)
         groups = ControlGroups(self.config.cgroup_root, self.config.cgroup)
@@ -174,7 +174,7 @@ class QemuBench:
                 for base in (self.config.data_dir / "instances", self.config.run_dir)
                 for path in base.glob("*")
             ],
-            "processes": [str(run.pid) for run in processes_in((self.directory,))],
+            "processes": [str(run.pid) for run in processes_of(self.directory)],
             "control groups": list(ControlGroups(self.config.cgroup_root, self.config.cgroup).names()),
         }
         return {kind: names for kind, names in found.items() if names}
