@@ -74,7 +74,9 @@ async def test_virtual_machines_are_run_by_libvirt() -> None:
     await offered.driver.aclose()
 
 
-def test_a_node_without_libvirts_library_says_so_and_offers_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_without_libvirts_library_says_so_and_offers_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     package = "hypervisor.agent.drivers.libvirt"
     for name in [name for name in sys.modules if name == "libvirt" or name.startswith(package)]:
         monkeypatch.delitem(sys.modules, name)
