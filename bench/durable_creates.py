@@ -50,6 +50,7 @@ from hypervisor.agent.drivers.fake import FakeConfig, FakeDriver
 from hypervisor.core.clock import SystemClock
 from hypervisor.core.consoles import ConsoleOptions, LogOptions, LogPiece
 from hypervisor.core.ids import new_id
+from hypervisor.core.images import ImageSource
 from hypervisor.core.logging import LogFormat, configure
 from hypervisor.core.model import (
     Allocation,
@@ -65,7 +66,7 @@ from hypervisor.core.resources import GIB, ZERO, Resources
 from hypervisor.core.states import DesiredState, InstanceStatus, InstanceType, OperationState
 from hypervisor.server import keys
 from hypervisor.server.agents import CallContext
-from hypervisor.server.control_plane import ControlPlane, ControlPlaneSettings
+from hypervisor.server.control_plane import ControlPlane, ControlPlaneSettings, ImageSettings
 from hypervisor.server.records import NameClaim
 from hypervisor.server.scheduler.default import DefaultScheduler
 from hypervisor.server.services import Caller, ConsoleSession, InstanceDraft, Mutation
@@ -93,7 +94,9 @@ class FakeAgent:
         self._driver = FakeDriver(FakeConfig(), clock=SystemClock())
         self.times_s: list[float] = []
 
-    async def create(self, instance: Instance, context: CallContext, *, start: bool) -> Observation:
+    async def create(
+        self, instance: Instance, context: CallContext, *, start: bool, images: tuple[ImageSource, ...] = ()
+    ) -> Observation:
         begin = time.perf_counter()
         await self._driver.create(
             Assignment(
@@ -377,7 +380,12 @@ def _check_allocations(items: dict[str, Item]) -> Item:
 async def control_plane(storage: Storage) -> AsyncIterator[Creates]:
     """A server's control plane with its default settings, and ``NODES`` nodes that are as large as it takes."""
     agents = FakeAgents()
-    settings = ControlPlaneSettings(server_id=new_id("s"), address="127.0.0.1:50051", version="bench")
+    settings = ControlPlaneSettings(
+        server_id=new_id("s"),
+        address="127.0.0.1:50051",
+        version="bench",
+        images=ImageSettings(Path(tempfile.gettempdir()) / new_id("none")),
+    )
     plane = ControlPlane(
         storage,
         agents,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 
-__all__ = ["Claim", "Reference", "claim", "interleave", "publish", "unmeasured"]
+__all__ = ["Claim", "Reference", "claim", "interleave", "interleave_all", "publish", "unmeasured"]
 
 MARK = "BENCH "
 """Begins the line that bench/run collects."""
@@ -57,18 +57,20 @@ def interleave(
     ours: Callable[[], float], reference: Callable[[], float], *, pairs: int
 ) -> tuple[list[float], list[float]]:
     """Run both in turn ``pairs`` times after one uncounted pair, changing who goes first; returns the figures."""
-    ours()
-    reference()
-    mine: list[float] = []
-    theirs: list[float] = []
-    for index in range(pairs):
-        if index % 2:
-            theirs.append(reference())
-            mine.append(ours())
-        else:
-            mine.append(ours())
-            theirs.append(reference())
+    mine, theirs = interleave_all((ours, reference), pairs=pairs)
     return mine, theirs
+
+
+def interleave_all(runs: Sequence[Callable[[], float]], *, pairs: int) -> list[list[float]]:
+    """As :func:`interleave` for any number of runs, the order turned round every time; their figures."""
+    figures: list[list[float]] = [[] for _ in runs]
+    for run in runs:
+        run()
+    for turn in range(pairs):
+        places = range(len(runs))
+        for place in reversed(places) if turn % 2 else places:
+            figures[place].append(runs[place]())
+    return figures
 
 
 def claim(

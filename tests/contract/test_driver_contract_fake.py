@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hvtest_driver_contract import DriverContract
-from hvtest_driver_powers import PausingContract, SnapshottingContract, SuspendingContract
+from hvtest_driver_powers import PausingContract, SnapshottingContract, SuspendingContract, UpdatingContract
 from hypervisor.agent.drivers.fake import FakeConfig, FakeDriver
 from hypervisor.core.clock import SystemClock
 from hypervisor.core.model import InstanceSpec
@@ -43,7 +43,9 @@ class FakeBench:
         return {"files": left} if left else {}
 
 
-class TestFakeDriver(DriverContract, PausingContract, SuspendingContract, SnapshottingContract):
+class TestFakeDriver(
+    DriverContract, PausingContract, SuspendingContract, SnapshottingContract, UpdatingContract
+):
     @pytest.fixture
     def bench(self, tmp_path: Path) -> FakeBench:
         return FakeBench(tmp_path / "fake")

@@ -5,7 +5,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hypervisor.ext.stats_sampler import UNLIMITED, _sampler_c, _sampler_py
-from hypervisor.ext.stats_sampler._files import KINDS, Format
+from hypervisor.ext.stats_sampler._files import _PRESSURE, _V1, _V2, KINDS, Format
 
 WORDS = st.one_of(
     st.sampled_from(
@@ -101,6 +101,115 @@ def test_all_devices_are_added_up(devices: list[tuple[int, int, int, int]]) -> N
     expected = tuple(sum(column) for column in zip(*devices, strict=True)) or (0, 0, 0, 0)
     assert _sampler_c.parse(kind, text.encode()) == expected
     assert _sampler_py.parse(kind, text.encode()) == expected
+
+
+def _kind_of(path: str) -> int:
+    """The kind of file that the sampler takes a file of that name to be, of version 2 or, with a controller, of 1."""
+    controller, _, name = path.rpartition("/")
+    known = {("", name): kind for name, kind in (_V2 | _PRESSURE).items()} | _V1
+    return KINDS.index(known[controller, name])
+
+
+FIELD = st.integers(0, 1 << 60)
+NOISE = [
+    "user_usec",
+    "inactive_anon",
+    "nr_bursts",
+    "oom",
+    "cache",
+    "rss",
+    "low",
+    "usage_usec_x",
+    "total_rss_huge",
+]
+
+
+def _flat(names: list[str]) -> st.SearchStrategy[tuple[str, tuple[int, ...]]]:
+    """Lines of a name and a number, in any order, among lines that nothing reads; and the numbers of the names."""
+
+    def text(numbers: tuple[int, ...]) -> st.SearchStrategy[tuple[str, tuple[int, ...]]]:
+        lines = [f"{name} {number}\n" for name, number in zip(names, numbers, strict=True)]
+        others = [f"{name} 77\n" for name in NOISE if name not in names]
+        return st.permutations(lines + others).map(lambda mixed: ("".join(mixed), numbers))
+
+    return st.tuples(*[FIELD] * len(names)).flatmap(text)
+
+
+def _devices(line: str, columns: int) -> st.SearchStrategy[tuple[str, tuple[int, ...]]]:
+    """Lines of several devices, and the sums over all of them."""
+    rows = st.lists(st.tuples(*[st.integers(0, 1 << 50)] * columns), max_size=6)
+    return rows.map(
+        lambda devices: (
+            "".join(line.format(*row, device=f"254:{16 * i}") for i, row in enumerate(devices)) + "Total 9\n",
+            tuple(sum(column) for column in zip(*devices, strict=True)) or (0,) * columns,
+        )
+    )
+
+
+def _pressure(count: int) -> st.SearchStrategy[tuple[str, tuple[int, ...]]]:
+    some_full = (
+        "some avg10=0.31 avg60=1.00 avg300=9.99 total={}\nfull avg10=0.00 avg60=0.0 avg300=0.0 total={}\n"
+    )
+    return st.tuples(FIELD, FIELD).map(lambda both: (some_full.format(*both), both[:count]))
+
+
+NUMBER = FIELD.map(lambda number: (f"{number}\n", (number,)))
+BLKIO = "".join(
+    f"{{device}} {what}\n" for what in ("Read {0}", "Write {1}", "Sync 5", "Async 6", "Discard 0", "Total 11")
+)
+WRITTEN = {
+    "cpu.stat": _flat(["usage_usec", "nr_periods", "nr_throttled", "throttled_usec"]),
+    "memory.stat": _flat(["anon", "file", "pgmajfault", "inactive_file"]),
+    "memory.events": _flat(["oom_kill"]),
+    "memory.current": NUMBER,
+    "memory.max": NUMBER,
+    "memory.swap.current": NUMBER,
+    "pids.current": NUMBER,
+    "io.stat": _devices("{device} rbytes={0} wbytes={1} rios={2} wios={3} dbytes=7 dios=7\n", 4),
+    "cpu.pressure": _pressure(1),
+    "memory.pressure": _pressure(2),
+    "io.pressure": _pressure(2),
+    "cpuacct/cpuacct.usage": NUMBER,
+    "cpu/cpu.stat": _flat(["nr_periods", "nr_throttled", "throttled_time"]),
+    "memory/memory.usage_in_bytes": NUMBER,
+    "memory/memory.limit_in_bytes": NUMBER,
+    "memory/memory.stat": _flat(
+        ["total_rss", "total_cache", "total_swap", "total_pgmajfault", "total_inactive_file"]
+    ),
+    "memory/memory.oom_control": _flat(["oom_kill"]),
+    "blkio/blkio.throttle.io_service_bytes": _devices(BLKIO, 2),
+    "pids/pids.current": NUMBER,
+}
+
+
+def test_every_file_of_a_group_has_a_test_below() -> None:
+    assert {_kind_of(path) for path in WRITTEN} == {
+        KINDS.index(kind) for kind in (*_V2.values(), *_PRESSURE.values(), *_V1.values())
+    }
+    assert len(WRITTEN) == len(_V2 | _PRESSURE) + len(_V1)
+
+
+@pytest.mark.parametrize("path", sorted(WRITTEN))
+@given(data=st.data())
+def test_what_the_kernel_writes_is_read_back(path: str, data: st.DataObject) -> None:
+    text, expected = data.draw(WRITTEN[path])
+
+    assert _sampler_c.parse(_kind_of(path), text.encode()) == expected
+    assert _sampler_py.parse(_kind_of(path), text.encode()) == expected
+
+
+@pytest.mark.parametrize("path", sorted(WRITTEN))
+@given(data=st.data())
+def test_a_file_cut_off_or_damaged_anywhere_is_read_as_the_twin_reads_it(
+    path: str, data: st.DataObject
+) -> None:
+    text = bytearray(data.draw(WRITTEN[path])[0].encode())
+    end = data.draw(st.integers(0, len(text)))
+    for place in data.draw(st.lists(st.integers(0, len(text) - 1), max_size=3)) if text else []:
+        text[place] = data.draw(st.integers(0, 255))
+
+    for damaged in (bytes(text), bytes(text[:end]), bytes(text[end:])):
+        assert _sampler_c.parse(_kind_of(path), damaged) == _sampler_py.parse(_kind_of(path), damaged)
 
 
 @pytest.mark.parametrize("parse", [_sampler_c.parse, _sampler_py.parse], ids=["native", "twin"])

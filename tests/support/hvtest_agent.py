@@ -13,6 +13,7 @@ from hypervisor.core.errors import (
     NotFound,
     Unavailable,
 )
+from hypervisor.core.images import ImageSource
 from hypervisor.core.model import Instance, InstanceStats, Node, Observation
 from hypervisor.core.states import InstanceStatus
 from hypervisor.server.agents import CallContext
@@ -37,6 +38,7 @@ class MemoryAgent:
     ``failures``     error of the next call of a verb (once)
     ``gates``        calls of a verb wait for this event first
     ``calls``        (verb, instance id) in the order they arrived
+    ``images``       what each create was told of images, by instance id
     """
 
     hostname: str
@@ -46,6 +48,7 @@ class MemoryAgent:
     calls: list[tuple[str, str]] = field(default_factory=list)
     held: dict[str, _Held] = field(default_factory=dict)
     exits_at_once: int | None = None
+    images: dict[str, tuple[ImageSource, ...]] = field(default_factory=dict)
     _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
     _sequences: dict[str, int] = field(default_factory=dict)
 
@@ -78,7 +81,10 @@ class MemoryAgent:
         held.status, held.exit_code = InstanceStatus.STOPPED, exit_code
         return self.observe(instance_id)
 
-    async def create(self, instance: Instance, context: CallContext, *, start: bool) -> Observation:
+    async def create(
+        self, instance: Instance, context: CallContext, *, start: bool, images: tuple[ImageSource, ...] = ()
+    ) -> Observation:
+        self.images[instance.id] = images
         async with self._serve("create", instance.id, context):
             known = self.held.get(instance.id)
             if known is not None and known.instance.epoch > instance.epoch:

@@ -2,10 +2,12 @@
 
 import asyncio
 import random
+import tempfile
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 
 from hypervisor.core.clock import Clock, SystemClock
 from hypervisor.core.ids import new_id
@@ -25,7 +27,7 @@ from hypervisor.core.retry import Backoff
 from hypervisor.core.states import DesiredState, InstanceType, NodeRole
 from hypervisor.server import keys
 from hypervisor.server.agents import Agents
-from hypervisor.server.control_plane import ControlPlane, ControlPlaneSettings
+from hypervisor.server.control_plane import ControlPlane, ControlPlaneSettings, ImageSettings
 from hypervisor.server.executor import ExecutorSettings
 from hypervisor.server.reconcile.loop import ReconcilerSettings
 from hypervisor.server.scheduler.default import DefaultScheduler
@@ -60,6 +62,8 @@ def settings(server_id: str = "s-1") -> ControlPlaneSettings:
         server_id=server_id,
         address="127.0.0.1:50051",
         version="test",
+        # Made when an image is imported, and not before.
+        images=ImageSettings(Path(tempfile.gettempdir()) / f"hvtest-images-{uuid.uuid4().hex}"),
         heartbeat=HeartbeatTimes(0.5, 1.0),
         server_ttl_s=1.0,
         view=ViewSettings(verify_interval_s=0.2, lag_timeout_s=0.5, retry_s=0.05),
@@ -216,7 +220,7 @@ async def allocation_is_sum(storage: Storage) -> dict[str, Allocation]:
         if item.key.startswith(keys.allocation("").path):
             held = decode(Allocation, item.value, key=item.key)
             placed = [i for i in instances if i.node_id == held.node_id]
-            assert held.reserved == sum((i.spec.resources for i in placed), ZERO), held
+            assert held.reserved == sum((i.holds for i in placed), ZERO), held
             assert held.instances == len(placed), held
             allocations[held.node_id] = held
     names = {i.key for i in page.items if i.key.startswith("/hypervisor/names/")}

@@ -8,16 +8,18 @@ import asyncio
 import pytest
 
 from hvtest_driver_contract import DriverBench
+from hvtest_driver_stats import sampled
 from hvtest_driver_watching import read_until
 from hypervisor.agent.drivers.driver import Assignment, Driver
-from hypervisor.agent.drivers.powers import Pausing, Snapshotting, Suspending
+from hypervisor.agent.drivers.powers import Pausing, Snapshotting, Suspending, Updating
 from hypervisor.core.errors import FailedPrecondition, NotFound
 from hypervisor.core.ids import new_id
 from hypervisor.core.machines import SnapshotKind
-from hypervisor.core.model import Observation
+from hypervisor.core.model import Observation, Sizes
+from hypervisor.core.resources import MIB
 from hypervisor.core.states import InstanceStatus
 
-__all__ = ["PausingContract", "SnapshottingContract", "SuspendingContract"]
+__all__ = ["PausingContract", "SnapshottingContract", "SuspendingContract", "UpdatingContract"]
 
 _QUIET_S = 0.3
 
@@ -50,6 +52,36 @@ async def _answers(driver: Driver, instance_id: str, word: str) -> None:
 
 async def _listed(driver: Driver, instance_id: str) -> Observation:
     return next(seen for seen in await driver.list() if seen.instance_id == instance_id)
+
+
+class UpdatingContract:
+    """Changing how much it has."""
+
+    @pytest.fixture
+    async def updating(self, driver: Driver) -> Updating:
+        assert isinstance(driver, Updating)
+        assert (await driver.info()).lacks("update") is None
+        return driver
+
+    async def test_a_new_size_at_rest_is_had_after_the_start(
+        self, bench: DriverBench, driver: Driver, updating: Updating, made: list[str]
+    ) -> None:
+        instance_id = await _shell(bench, driver, made, start=False)
+        spec = bench.shell()
+        sizes = Sizes(cpu_millis=spec.cpu_millis, memory_mb=spec.memory_mb + 32)
+
+        updated = await updating.update(instance_id, sizes)
+        again = await updating.update(instance_id, sizes)
+        await driver.start(instance_id)
+
+        assert {updated.status, again.status} == {InstanceStatus.STOPPED}
+        sample = await sampled(driver, instance_id)
+        assert sample.memory_limit_bytes in (None, sizes.memory_mb * MIB)
+        await _answers(driver, instance_id, "sized")
+
+    async def test_an_unknown_instance_cannot_be_updated(self, driver: Driver, updating: Updating) -> None:
+        with pytest.raises(NotFound):
+            await updating.update(new_id("i"), Sizes(cpu_millis=1000, memory_mb=64))
 
 
 class PausingContract:

@@ -73,7 +73,7 @@ class VmmProcess:
     @property
     def log(self) -> str:
         """What the VMM itself has said."""
-        return (self.directory / LOG).read_text(errors="replace")
+        return (self.vmm.root(self.directory) / LOG).read_text(errors="replace")
 
     @property
     def run(self) -> Run:
@@ -93,7 +93,9 @@ class VmmProcess:
         # Both ends each: neither the guest's end nor ours is ever the last.
         self._in, self._out = (os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC) for path in fifos)
         child_in, child_out = (os.open(path, os.O_RDWR | os.O_CLOEXEC) for path in fifos)
-        log = os.open(self.directory / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        log = os.open(
+            self.vmm.root(self.directory) / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600
+        )
         try:
             self.process = await asyncio.create_subprocess_exec(
                 *launch.argv,

@@ -10,6 +10,7 @@ import grpc.aio
 import pytest
 
 from hvtest_agent_waiting import within
+from hypervisor.agent.console_link import MESSAGE_BYTES
 from hypervisor.agent.v1 import agent_pb2
 from hypervisor.core.grpc_errors import from_rpc_error
 from hypervisor.core.ids import new_id
@@ -49,7 +50,7 @@ class Terminal:
             case "opened":
                 self.opened = message.opened
             case "data":
-                assert len(message.data) <= 64 << 10
+                assert len(message.data) <= MESSAGE_BYTES
                 self.shown += message.data
             case "skipped":
                 self.skipped += message.skipped.bytes

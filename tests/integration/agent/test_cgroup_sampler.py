@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hypervisor.agent.drivers.cpu_quota import apply_cpu_limit, cpu_limit
 from hypervisor.agent.drivers.containerd.swap_limit import forbid_swap, specification_limits_swap
+from hypervisor.agent.drivers.cpu_quota import apply_cpu_limit, cpu_limit
 from hypervisor.agent.stats.cgroups import (
     CgroupPaths,
     cgroup_paths,
@@ -15,6 +15,7 @@ from hypervisor.agent.stats.cgroups import (
     sampler_sources,
 )
 from hypervisor.agent.stats.records import stats_of
+from hypervisor.core.model import InstanceStats, Pressure
 from hypervisor.ext.stats_sampler import Sampler
 
 MOMENT = datetime(2026, 5, 6, 7, 8, 9, tzinfo=UTC)
@@ -48,6 +49,11 @@ V1 = {
         "254:0 Total 1052672\n254:16 Read 4096\n254:16 Write 8192\nTotal 1064960\n"
     },
     "pids": {"pids.current": "5\n"},
+}
+PRESSURE = {
+    "cpu.pressure": "some avg10=0.00 avg60=0.00 avg300=0.00 total=1500\nfull avg10=0.00 total=99\n",
+    "memory.pressure": "some avg10=0.00 avg60=0.00 avg300=0.00 total=300\nfull avg10=0.00 total=200\n",
+    "io.pressure": "some avg10=0.00 avg60=0.00 avg300=0.00 total=70\nfull avg10=0.00 total=60\n",
 }
 NET_DEV = (
     "Inter-|   Receive                            |  Transmit\n"
@@ -161,6 +167,111 @@ def test_a_hybrid_counts_as_v1_where_its_controllers_are(tmp_path: Path) -> None
         "cpuacct": tmp_path / "cpuacct" / UNIT,
         "memory": tmp_path / "memory" / UNIT,
     }
+
+
+def hybrid_tree(root: Path, *, unified: str, files: dict[str, str]) -> CgroupPaths:
+    """A tree of version 1 and beside it one of version 2 without controllers, the process in its group ``unified``."""
+    controllers = v1_tree(root).controllers
+    directory = root / "unified" / unified.lstrip("/")
+    directory.mkdir(parents=True)
+    for name, text in files.items():
+        (directory / name).write_text(text)
+    lines = [f"{number}:{controller}:/{UNIT}" for number, controller in enumerate(controllers, start=1)]
+    paths = cgroup_paths("\n".join([*lines, f"0::{unified}"]), root=root)
+    assert paths is not None
+    return paths
+
+
+def sampled(paths: CgroupPaths, proc: Path) -> InstanceStats:
+    with Sampler() as sampler:
+        slot = sampler.add(sampler_sources(paths, pid=42, proc_root=proc))
+        assert sampler.sample(slot, 0, WALL_NS)
+        record = sampler.latest(slot)
+    assert record is not None
+    return stats_of(record)
+
+
+def test_a_hybrid_has_its_pressure_from_the_unified_hierarchy(tmp_path: Path, proc: Path) -> None:
+    # What else there is in version 2, without its controllers, must not take the place of their figures.
+    files = PRESSURE | {"cpu.stat": "usage_usec 1\n", "pids.current": "99\n"}
+
+    stats = sampled(hybrid_tree(tmp_path / "cgroup", unified=f"/{UNIT}", files=files), proc)
+
+    assert (stats.cpu_usage_ns, stats.pids, stats.block_read_bytes) == (2_503_415_000, 5, 1_052_672)
+    assert stats.cpu_pressure == Pressure(
+        some_total_ns=1_500_000, full_total_ns=None, some_share=None, full_share=None
+    )
+    assert stats.memory_pressure is not None
+    assert (stats.memory_pressure.some_total_ns, stats.memory_pressure.full_total_ns) == (300_000, 200_000)
+    assert stats.io_pressure is not None
+    assert (stats.io_pressure.some_total_ns, stats.io_pressure.full_total_ns) == (70_000, 60_000)
+
+
+@pytest.mark.parametrize("shared", ["/", "/system.slice/containerd.service"])
+def test_the_pressure_of_a_group_shared_with_others_is_not_the_instances(
+    tmp_path: Path, proc: Path, shared: str
+) -> None:
+    stats = sampled(hybrid_tree(tmp_path / "cgroup", unified=shared, files=PRESSURE), proc)
+
+    assert stats.pids == 5
+    assert (stats.cpu_pressure, stats.memory_pressure, stats.io_pressure) == (None, None, None)
+
+
+def test_a_kernel_that_keeps_no_pressure_is_no_error(tmp_path: Path, proc: Path) -> None:
+    """Without /proc/pressure no group has a file of it, in a hybrid and in version 2 alike."""
+    hybrid = hybrid_tree(tmp_path / "hybrid", unified=f"/{UNIT}", files={"cgroup.procs": ""})
+
+    for paths in (hybrid, v2_tree(tmp_path / "v2")):
+        stats = sampled(paths, proc)
+
+        assert stats.pids == 5
+        assert (stats.cpu_pressure, stats.memory_pressure, stats.io_pressure) == (None, None, None)
+
+
+def test_a_hybrid_whose_unified_group_is_not_there_is_no_error(tmp_path: Path, proc: Path) -> None:
+    v1_tree(tmp_path / "cgroup")
+
+    assert sampled(expected_paths(UNIT, root=tmp_path / "cgroup"), proc).pids == 5
+
+
+# The busiest is 254:0, which has a partition.
+DISKSTATS = """   7       0 loop0 43 0 694 22 0 0 0 0 0 16 22 0 0 0 0 0 0
+ 254       0 vda 10 0 5000 9 10 0 4000 9 0 9 9 0 0 0 0 0 0
+ 254       1 vda1 10 0 5000 9 10 0 4000 9 0 9 9 0 0 0 0 0 0
+"""
+OTHER = "7:0 Read 0\n7:0 Write 4096\n7:0 Total 4096\nTotal 4096\n"
+BUSIEST = "254:0 Read 0\n254:0 Write 4096\n254:0 Total 4096\n"
+
+
+@pytest.mark.parametrize(
+    ("of_all", "diskstats", "counted"),
+    [
+        ({"io_service_bytes_recursive": BUSIEST + OTHER, "io_service_bytes": "Total 0\n"}, DISKSTATS, True),
+        ({"io_service_bytes_recursive": "Total 0\n", "io_service_bytes": "Total 0\n"}, DISKSTATS, False),
+        ({"io_service_bytes_recursive": OTHER}, DISKSTATS, False),
+        ({"io_service_bytes": BUSIEST + OTHER}, DISKSTATS, True),
+        ({"io_service_bytes": "Total 0\n"}, "", False),
+        ({"io_service_bytes": "Total 0\n"}, None, True),
+        ({}, DISKSTATS, True),
+    ],
+)
+def test_transfers_that_the_kernel_does_not_count_are_unknown_and_not_zero(
+    tmp_path: Path, proc: Path, of_all: dict[str, str], diskstats: str | None, counted: bool
+) -> None:
+    root = tmp_path / "cgroup"
+    v1_tree(root)
+    for name, text in of_all.items():
+        (root / "blkio" / f"blkio.throttle.{name}").write_text(text)
+    if diskstats is not None:
+        (proc / "diskstats").write_text(diskstats)
+
+    stats = sampled(expected_paths(UNIT, root=root, proc_root=proc), proc)
+
+    assert (stats.pids, stats.block_read_bytes) == (5, 1_052_672 if counted else None)
+    text = f"1:blkio:/{UNIT}\n2:pids:/{UNIT}\n"
+    paths = cgroup_paths(text, root=root, proc_root=proc)
+    assert paths is not None
+    assert set(paths.controllers) == ({"blkio", "pids"} if counted else {"pids"})
 
 
 def test_the_specification_limits_swap_with_v1_that_accounts_for_it(tmp_path: Path) -> None:

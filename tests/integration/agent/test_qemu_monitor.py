@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,13 @@ GREETING = {
 CLOCK = SystemClock()
 
 Answer = Callable[[dict[str, Any]], dict[str, Any] | None]
+
+
+@pytest.fixture
+def path() -> Iterator[Path]:
+    """Of a socket: short enough for one, which the tests' own directory need not be."""
+    with tempfile.TemporaryDirectory(prefix="hv-qmp-", dir="/tmp") as directory:
+        yield Path(directory) / "q"
 
 
 def refuse(text: str) -> dict[str, Any]:
@@ -71,64 +79,64 @@ async def listening(
         server.close()
 
 
-async def test_answers_are_handed_on(tmp_path: Path) -> None:
+async def test_answers_are_handed_on(path: Path) -> None:
     async with (
-        qemu(tmp_path / "q", lambda request: {"return": {"status": request["arguments"]["x"]}}),
-        open_monitor(tmp_path / "q", clock=CLOCK) as monitor,
+        qemu(path, lambda request: {"return": {"status": request["arguments"]["x"]}}),
+        open_monitor(path, clock=CLOCK) as monitor,
     ):
         assert await monitor.execute("query", {"x": 5}) == {"status": 5}
 
 
-async def test_nothing_that_listens_is_told_at_once(tmp_path: Path) -> None:
+async def test_nothing_that_listens_is_told_at_once(path: Path) -> None:
     with pytest.raises(Unavailable) as caught:
-        async with open_monitor(tmp_path / "absent", clock=CLOCK):
+        async with open_monitor(path, clock=CLOCK):
             pass
 
     assert caught.value.reason == "VMM_UNREACHABLE"
 
 
-async def test_one_that_will_listen_is_waited_for(tmp_path: Path) -> None:
+async def test_one_that_will_listen_is_waited_for(path: Path) -> None:
     async def connect() -> object:
-        async with open_monitor(tmp_path / "q", clock=CLOCK, within_s=10.0) as monitor:
+        async with open_monitor(path, clock=CLOCK, within_s=10.0) as monitor:
             return await monitor.execute("x")
 
     connecting = asyncio.ensure_future(connect())
     await asyncio.sleep(0)
-    async with qemu(tmp_path / "q", lambda _: {"return": "late"}):
+    async with qemu(path, lambda _: {"return": "late"}):
         assert await connecting == "late"
 
 
-async def test_one_that_does_not_greet_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_that_does_not_greet_is_given_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qemu_monitor, "_GREETING_S", 0.05)
 
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
         writer.close()
 
-    async with listening(tmp_path / "q", silent):
+    async with listening(path, silent):
         with pytest.raises(Unavailable, match="has not greeted"):
-            async with open_monitor(tmp_path / "q", clock=CLOCK):
+            async with open_monitor(path, clock=CLOCK):
                 pass
 
 
 @pytest.mark.parametrize("greeting", [b"", b"no json\r\n", b'{"hello": 1}\r\n', b"[1]\r\n"])
-async def test_one_that_greets_wrongly_is_given_up(tmp_path: Path, greeting: bytes) -> None:
+async def test_one_that_greets_wrongly_is_given_up(path: Path, greeting: bytes) -> None:
     async def odd(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(greeting)
         writer.close()
 
-    async with listening(tmp_path / "q", odd):
+    async with listening(path, odd):
         with pytest.raises(Unavailable) as caught:
-            async with open_monitor(tmp_path / "q", clock=CLOCK):
+            async with open_monitor(path, clock=CLOCK):
                 pass
 
     assert caught.value.reason == "VMM_UNREACHABLE"
 
 
-async def test_a_refusal_is_told_in_its_words(tmp_path: Path) -> None:
+async def test_a_refusal_is_told_in_its_words(path: Path) -> None:
     async with (
-        qemu(tmp_path / "q", lambda _: refuse("not now")),
-        open_monitor(tmp_path / "q", clock=CLOCK) as monitor,
+        qemu(path, lambda _: refuse("not now")),
+        open_monitor(path, clock=CLOCK) as monitor,
     ):
         with pytest.raises(FailedPrecondition, match="QEMU refuses cont: not now") as caught:
             await monitor.execute("cont")
@@ -137,10 +145,10 @@ async def test_a_refusal_is_told_in_its_words(tmp_path: Path) -> None:
     assert caught.value.reason == "VMM_REFUSED"
 
 
-async def test_a_full_disk_is_told_as_one(tmp_path: Path) -> None:
+async def test_a_full_disk_is_told_as_one(path: Path) -> None:
     async with (
-        qemu(tmp_path / "q", lambda _: refuse("Error: No space left on device")),
-        open_monitor(tmp_path / "q", clock=CLOCK) as monitor,
+        qemu(path, lambda _: refuse("Error: No space left on device")),
+        open_monitor(path, clock=CLOCK) as monitor,
     ):
         with pytest.raises(ResourceExhausted) as caught:
             await monitor.execute("x")
@@ -148,13 +156,13 @@ async def test_a_full_disk_is_told_as_one(tmp_path: Path) -> None:
     assert caught.value.reason == "DISK_FULL"
 
 
-async def test_hanging_up_in_the_middle_is_unavailable(tmp_path: Path) -> None:
-    async with qemu(tmp_path / "q", lambda _: None), open_monitor(tmp_path / "q", clock=CLOCK) as monitor:
+async def test_hanging_up_in_the_middle_is_unavailable(path: Path) -> None:
+    async with qemu(path, lambda _: None), open_monitor(path, clock=CLOCK) as monitor:
         with pytest.raises(Unavailable, match="the connection ended at cont"):
             await monitor.execute("cont")
 
 
-async def test_no_answer_is_unavailable_after_a_while(tmp_path: Path) -> None:
+async def test_no_answer_is_unavailable_after_a_while(path: Path) -> None:
     async def deaf(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(json.dumps(GREETING).encode() + b"\r\n")
         request = await anext(requests(reader))
@@ -162,7 +170,7 @@ async def test_no_answer_is_unavailable_after_a_while(tmp_path: Path) -> None:
         await reader.read()
         writer.close()
 
-    async with listening(tmp_path / "q", deaf), open_monitor(tmp_path / "q", clock=CLOCK) as monitor:
+    async with listening(path, deaf), open_monitor(path, clock=CLOCK) as monitor:
         with pytest.raises(Unavailable, match="has not answered cont"):
             await monitor.execute("cont", timeout_s=0.05)
 
@@ -178,30 +186,30 @@ def jobs(*states: list[dict[str, Any]]) -> tuple[Answer, list[str]]:
     return answer, asked
 
 
-async def test_a_job_is_waited_for_and_forgotten(tmp_path: Path) -> None:
+async def test_a_job_is_waited_for_and_forgotten(path: Path) -> None:
     other = {"id": "other", "status": "running"}
     answer, asked = jobs(
         [other, {"id": "save", "status": "running"}], [{"id": "save", "status": "concluded"}, other]
     )
-    async with qemu(tmp_path / "q", answer), open_monitor(tmp_path / "q", clock=CLOCK) as monitor:
+    async with qemu(path, answer), open_monitor(path, clock=CLOCK) as monitor:
         await monitor.run_job("snapshot-save", "save", {}, timeout_s=10.0)
 
     assert asked == ["snapshot-save", "query-jobs", "query-jobs", "job-dismiss"]
 
 
-async def test_a_job_that_fails_is_a_refusal_and_forgotten(tmp_path: Path) -> None:
+async def test_a_job_that_fails_is_a_refusal_and_forgotten(path: Path) -> None:
     answer, asked = jobs([{"id": "save", "status": "concluded", "error": "No space left on device"}])
-    async with qemu(tmp_path / "q", answer), open_monitor(tmp_path / "q", clock=CLOCK) as monitor:
+    async with qemu(path, answer), open_monitor(path, clock=CLOCK) as monitor:
         with pytest.raises(ResourceExhausted):
             await monitor.run_job("snapshot-save", "save", {}, timeout_s=10.0)
 
     assert asked[-1] == "job-dismiss"
 
 
-async def test_a_job_that_does_not_end_is_given_up(tmp_path: Path) -> None:
+async def test_a_job_that_does_not_end_is_given_up(path: Path) -> None:
     def answer(request: dict[str, Any]) -> dict[str, Any]:
         return {"return": [{"id": "save", "status": "running"}] if request["execute"] == "query-jobs" else {}}
 
-    async with qemu(tmp_path / "q", answer), open_monitor(tmp_path / "q", clock=CLOCK) as monitor:
+    async with qemu(path, answer), open_monitor(path, clock=CLOCK) as monitor:
         with pytest.raises(Unavailable, match="has not ended in"):
             await monitor.run_job("snapshot-save", "save", {}, timeout_s=0.05)

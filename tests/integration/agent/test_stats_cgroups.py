@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from hvtest_agent_waiting import until, within
-from hypervisor.agent.stats.cgroups import CgroupPaths, expected_paths, sampler_sources
+from hvtest_control_groups import pressure_is_kept
+from hypervisor.agent.stats.cgroups import CgroupPaths, expected_paths, sampler_sources, uses_v2
 from hypervisor.agent.stats.service import StatsService
 from hypervisor.agent.stats.sources import StatsSource
 from hypervisor.core.clock import SystemClock
@@ -35,11 +36,19 @@ class Groups:
 
     def directories(self, name: str) -> set[Path]:
         paths = self.paths(name)
-        return {paths.unified} if paths.unified is not None else set(paths.controllers.values())
+        if paths.unified is not None:
+            return {paths.unified}
+        found = set(paths.controllers.values())
+        if paths.pressure is not None and (ROOT / "unified").is_dir():
+            found.add(paths.pressure)
+        return found
 
     def make(self, instance_id: str) -> None:
         for directory in self.directories(""):
             directory.mkdir(exist_ok=True)
+            if uses_v2(ROOT):
+                for parent in (ROOT, directory):
+                    (parent / "cgroup.subtree_control").write_text("+cpu +memory +io +pids")
         for directory in self.directories(instance_id):
             directory.mkdir()
             self._made.append(directory)
@@ -206,6 +215,8 @@ async def test_a_busy_process_shows_in_its_group(groups: Groups, busy: "subproce
             async with aclosing(watch):
                 async for sample in watch:
                     assert sample.pids in (1, None)
+                    for pressure in (sample.cpu_pressure, sample.memory_pressure, sample.io_pressure):
+                        assert (pressure is not None) == pressure_is_kept()
                     if sample.cpu_used_cores and sample.cpu_used_cores > 0.2:
                         return sample.cpu_used_cores
             return 0.0

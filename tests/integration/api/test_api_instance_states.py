@@ -1,5 +1,6 @@
 """Freezing, suspending and snapshots over real gRPC, with a whole server and a whole agent."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,9 @@ import grpc.aio
 import pytest
 
 from hvtest_whole_cluster import WholeAgent, WholeServer, container, failure_of, whole_agent
-from hypervisor.core.errors import ResourceExhausted
+from hypervisor.core.errors import DeadlineExceeded, FailedPrecondition, ResourceExhausted
+from hypervisor.v1 import cluster_pb2, instance_pb2, operation_pb2
 from hypervisor.v1 import compute_pb2 as compute
-from hypervisor.v1 import instance_pb2, operation_pb2
 
 RUNNING = instance_pb2.INSTANCE_STATUS_RUNNING
 PAUSED = instance_pb2.INSTANCE_STATUS_PAUSED
@@ -221,3 +222,123 @@ async def test_a_diff_where_the_driver_has_only_full_ones_is_refused(
 
         assert refused == (grpc.StatusCode.UNIMPLEMENTED, "CAPABILITY_MISSING")
         assert await snapshots(server) == ["full"]
+
+
+# -- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def sized(**spec: Any) -> compute.UpdateInstanceRequest:
+    return compute.UpdateInstanceRequest(instance={"name": "web", "spec": spec})
+
+
+async def reserved(server: WholeServer) -> tuple[float, int]:
+    node = await server.cluster.GetNode(cluster_pb2.GetNodeRequest(node="node-1"))
+    return node.reservation.cpu_cores, node.reservation.memory_bytes >> 20
+
+
+async def test_a_running_instance_gets_other_sizes_and_its_node_reserves_them(web: WholeServer) -> None:
+    before = await reserved(web)
+
+    grown = await web.compute.UpdateInstance(sized(cpu_cores=0.5, memory_mb=64))
+    after = await reserved(web)
+    shrunk = await web.compute.UpdateInstance(sized(memory_mb=32))
+
+    assert before == (0.01, 16)
+    assert (grown.verb, grown.done, grown.instance.status) == ("update", True, RUNNING)
+    assert (grown.instance.spec.cpu_cores, grown.instance.spec.memory_mb) == (0.5, 64)
+    assert after == (0.5, 64)
+    assert (shrunk.instance.spec.cpu_cores, shrunk.instance.spec.memory_mb) == (0.5, 32)
+    assert await reserved(web) == (0.5, 32)
+    assert shrunk.instance.generation == 1
+    await web.compute.DeleteInstance(compute.DeleteInstanceRequest(instance="web", force=True))
+    assert await reserved(web) == (0.0, 0)
+
+
+async def test_more_than_its_node_has_is_refused_and_changes_nothing(web: WholeServer) -> None:
+    refused = await refusal(web.compute.UpdateInstance(sized(memory_mb=16_000_000)))
+
+    assert refused == (grpc.StatusCode.RESOURCE_EXHAUSTED, "NODE_FULL")
+    assert await reserved(web) == (0.01, 16)
+    record = await shown(web)
+    assert (record.spec.memory_mb, record.operation_id) == (16, "")
+
+
+async def test_what_the_driver_refuses_gives_the_reservation_back(
+    web: WholeServer, agent: WholeAgent
+) -> None:
+    agent.driver.faults.fail("update", FailedPrecondition("its guest cannot", reason="UPDATE_REFUSED"))
+
+    refused = await refusal(web.compute.UpdateInstance(sized(memory_mb=64)))
+
+    assert refused == (grpc.StatusCode.FAILED_PRECONDITION, "UPDATE_REFUSED")
+    assert await reserved(web) == (0.01, 16)
+    record = await shown(web)
+    assert (record.spec.memory_mb, record.status) == (16, RUNNING)
+
+
+async def test_both_sizes_stay_reserved_while_nobody_can_tell_what_came_of_it(
+    web: WholeServer, agent: WholeAgent
+) -> None:
+    agent.driver.faults.fail("update", DeadlineExceeded("it hangs", reason="DRIVER_TIMEOUT"))
+
+    await refusal(web.compute.UpdateInstance(sized(cpu_cores=0.005, memory_mb=64)))
+    unclear = await reserved(web)
+    await within_time(web)
+    repeated = await web.compute.UpdateInstance(sized(cpu_cores=0.005, memory_mb=64))
+
+    assert unclear == (0.01, 64)
+    assert repeated.instance.spec.memory_mb == 64
+    assert await reserved(web) == (0.005, 64)
+
+
+async def within_time(server: WholeServer) -> None:
+    """The reconciler has asked the node how the instance is."""
+    async with asyncio.timeout(10):
+        while (await shown(server)).status != RUNNING:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("request_", "fields"),
+    [
+        (compute.UpdateInstanceRequest(), ["instance.name", "instance.spec"]),
+        (sized(), ["instance.spec"]),
+        (sized(cpu_cores=-1.0), ["instance.spec.cpu_cores"]),
+        (sized(memory_mb=1), ["instance.spec.memory_mb"]),
+        (sized(image="other", memory_mb=64), ["instance.spec.image"]),
+        (
+            compute.UpdateInstanceRequest(instance={"name": "web", "labels": {"a": "b"}}),
+            ["instance.labels"],
+        ),
+        (
+            compute.UpdateInstanceRequest(
+                instance={"name": "web", "spec": {"memory_mb": 64}}, update_mask={"paths": ["spec.image"]}
+            ),
+            ["update_mask"],
+        ),
+        (
+            compute.UpdateInstanceRequest(
+                instance={"name": "web"}, update_mask={"paths": ["spec.cpu_cores"]}
+            ),
+            ["instance.spec.cpu_cores"],
+        ),
+    ],
+)
+async def test_what_cannot_be_updated_is_named(
+    web: WholeServer, request_: compute.UpdateInstanceRequest, fields: list[str]
+) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as failed:
+        await web.compute.UpdateInstance(request_)
+
+    error = failure_of(failed.value)
+    assert failed.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert [violation.field for violation in error.violations] == fields
+
+
+async def test_a_mask_leaves_out_what_is_set_besides(web: WholeServer) -> None:
+    request = sized(cpu_cores=0.5, memory_mb=64)
+    request.update_mask.paths.append("spec.memory_mb")
+
+    updated = await web.compute.UpdateInstance(request)
+
+    assert (updated.instance.spec.cpu_cores, updated.instance.spec.memory_mb) == (0.01, 64)

@@ -45,6 +45,7 @@ class Viewer:
         if message is grpc.aio.EOF:
             return False
         if message.WhichOneof("output") == "data":
+            assert len(message.data) <= 64 << 10
             self.shown += message.data
         elif message.WhichOneof("output") == "closed":
             self.closed = message.closed
@@ -206,8 +207,9 @@ async def test_a_watch_may_begin_with_the_past(server: WholeServer, agent: Whole
     before = await replayed()
     later = await replayed()
 
-    # The second watch began with what the first had got.
-    assert later == before == sorted(before)
+    # The second watch began where the first had begun; which samples of a late sampler follow depends on its delays.
+    assert later[0] == before[0]
+    assert (before, later) == (sorted(set(before)), sorted(set(later)))
 
 
 async def test_too_short_an_interval_is_refused(server: WholeServer, agent: WholeAgent) -> None:

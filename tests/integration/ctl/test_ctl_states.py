@@ -96,7 +96,7 @@ async def test_options_of_machines_reach_the_server(
     (tmp_path / "key.pub").write_text("# mine\nssh-ed25519 AAAA me\n")
 
     code, _, err = await hv(
-        *("instance", "create", "db", "--type", "vm", "--image", "debian-12", "--uefi"),
+        *("instance", "create", "db", "--type", "vm", "--image", "/images/debian-12.qcow2", "--uefi"),
         *("--cloud-init", str(tmp_path / "user-data"), "--ssh-key", str(tmp_path / "key.pub")),
         *("--network", "br0", "--network", "br1,52:54:00:12:34:56", "--host-device", "0000:01:00.0"),
     )
@@ -112,7 +112,15 @@ async def test_options_of_machines_reach_the_server(
 
 async def test_a_file_that_is_not_there_is_named(hv: Command) -> None:
     code, _, err = await hv(
-        "instance", "create", "db", "--type", "vm", "--image", "debian-12", "--cloud-init", "/nowhere"
+        "instance",
+        "create",
+        "db",
+        "--type",
+        "vm",
+        "--image",
+        "/images/debian-12.qcow2",
+        "--cloud-init",
+        "/nowhere",
     )
 
     assert code == 2
@@ -127,7 +135,7 @@ async def test_a_manifest_of_machines_reaches_the_server(
 name: db
 type: vm
 spec:
-  image: debian-12
+  image: /images/debian-12.qcow2
   cloud_init: {hostname: db, ssh_authorized_keys: [ssh-ed25519 AAAA me]}
   networks: [br0, {bridge: br1, mac: "52:54:00:12:34:56"}]
   vm: {firmware: uefi, host_devices: ["0000:01:00.0"], max_cpus: 4, max_memory_mb: 4096}

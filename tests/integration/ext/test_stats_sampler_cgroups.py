@@ -1,22 +1,18 @@
 """The sampler with the kernel's own control groups (v1, the pressure of a hybrid, or v2) and interfaces."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
+from hvtest_control_groups import Groups, pressure_is_kept
 from hvtest_stats import SECOND, AnySampler, SamplerType, newest
 from hypervisor.ext.stats_sampler import Sources
 
-ROOT = Path("/sys/fs/cgroup")
-V1_CONTROLLERS = ("cpuacct", "cpu", "memory", "blkio", "pids")
-ONLY_V2 = (ROOT / "cgroup.controllers").is_file()
 SPIN = """
 import time
 input()
@@ -26,66 +22,25 @@ while time.process_time() < end:
 print(flush=True)
 input()
 """
-
-
-class Groups:
-    """Control groups below one of the test's own, in every hierarchy there is."""
-
-    def __init__(self, name: str) -> None:
-        hierarchies = (ROOT,) if ONLY_V2 else (*(ROOT / c for c in V1_CONTROLLERS), ROOT / "unified")
-        self._tops = [hierarchy / name for hierarchy in hierarchies if hierarchy.is_dir()]
-        self._made: set[Path] = set()
-        for top in self._tops:
-            self._make(top)
-        if ONLY_V2:
-            (ROOT / "cgroup.subtree_control").write_text("+cpu +memory +io +pids")
-            (self._tops[0] / "cgroup.subtree_control").write_text("+cpu +memory +io +pids")
-
-    def _make(self, directory: Path) -> None:
-        directory.mkdir()
-        self._made.add(directory)
-
-    def make(self, name: str) -> Sources:
-        """Make a group; the sources of its figures."""
-        for top in self._tops:
-            self._make(top / name)
-        if ONLY_V2:
-            return Sources(cgroup2=self._tops[0] / name)
-        v1 = {top.parent.name: top / name for top in self._tops if top.parent.name != "unified"}
-        unified = next((top / name for top in self._tops if top.parent.name == "unified"), None)
-        return Sources(cgroup1=v1, cgroup2=unified)
-
-    def join(self, name: str, pid: int) -> None:
-        """Move a process into a group."""
-        for top in self._tops:
-            (top / name / "cgroup.procs").write_text(str(pid))
-
-    def remove(self, name: str) -> None:
-        """Remove a group that has no processes."""
-        for top in self._tops:
-            (top / name).rmdir()
-            self._made.discard(top / name)
-
-    def close(self) -> None:
-        """Remove all of them."""
-        for directory in sorted(self._made, reverse=True):
-            directory.rmdir()
-
-
-@pytest.fixture
-def groups() -> Iterator[Groups]:
-    try:
-        made = Groups(f"hvtest-{os.getpid()}")
-    except OSError as error:
-        pytest.skip(f"control groups cannot be made here: {error}")
-    yield made
-    made.close()
-
-
-def _pressure_is_kept() -> bool:
-    with suppress(OSError):
-        return bool(Path("/proc/pressure/cpu").read_text())
-    return False
+PAIRS = 30
+NETWORK = f"""
+import socket, subprocess
+from pathlib import Path
+for default in ("all", "default"):  # nobody else says anything there
+    file = Path("/proc/sys/net/ipv6/conf", default, "disable_ipv6")
+    if file.exists():
+        file.write_text("1")
+commands = ["link set lo up"]
+for i in range({PAIRS}):
+    commands += [f"link add a{{i}} type veth peer name b{{i}}", f"link set a{{i}} up", f"link set b{{i}} up"]
+subprocess.run(["ip", "-batch", "-"], input="\\n".join(commands), text=True, check=True)
+for i in range({PAIRS}):
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as packets:
+        packets.bind((f"a{{i}}", 0))
+        packets.send(b"\\xff" * 100 * (i % 9 + 1))
+print(flush=True)
+input()
+"""
 
 
 def test_what_a_process_uses_is_seen(make: SamplerType, groups: Groups) -> None:
@@ -129,7 +84,7 @@ def test_what_a_process_uses_is_seen(make: SamplerType, groups: Groups) -> None:
     assert 0 <= record.memory_working_set_bytes <= record.memory_used_bytes
     assert record.memory_limit_bytes is None
     assert record.network_receive_bytes is not None
-    assert (record.cpu_pressure_some_ns is not None) == (_pressure_is_kept() and sources.cgroup2 is not None)
+    assert (record.cpu_pressure_some_ns is not None) == pressure_is_kept()
 
 
 def test_a_group_that_is_removed_is_gone_and_the_others_go_on(make: SamplerType, groups: Groups) -> None:
@@ -200,3 +155,34 @@ def test_an_interface_of_this_machine_is_read(make: SamplerType) -> None:
 
         assert newest(sampler, tap).network_receive_bytes is not None
         assert newest(sampler, device).network_receive_bytes is not None
+
+
+def test_a_file_that_the_kernel_hands_out_in_parts_is_read_to_its_end(make: SamplerType) -> None:
+    """A read of /proc/PID/net/dev ends after a whole line before a page is full; with many interfaces that is soon."""
+    if shutil.which("unshare") is None or shutil.which("ip") is None:
+        pytest.skip("there is no unshare or no ip")
+    probe = ["unshare", "--net", "ip", "link", "add", "a0", "type", "veth", "peer", "name", "b0"]
+    probed = subprocess.run(probe, capture_output=True, text=True, check=False)
+    if probed.returncode:
+        pytest.skip(f"interfaces cannot be made here: {probed.stderr}")
+    command = ["unshare", "--net", sys.executable, "-c", NETWORK]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "\n", "the network is not made"
+            path = f"/proc/{process.pid}/net/dev"
+            fd = os.open(path, os.O_RDONLY)
+            first_part = len(os.pread(fd, 65_536, 0))
+            os.close(fd)
+            with make() as sampler:
+                slot = sampler.add(Sources(net_dev=path))
+                sampler.sample(slot, 0, 0)
+                record = newest(sampler, slot)
+        finally:
+            process.kill()
+            process.wait()
+
+    assert first_part < 4096, "the file is handed out in parts"
+    octets = sum(100 * (number % 9 + 1) for number in range(PAIRS))
+    assert (record.network_transmit_bytes, record.network_transmit_packets) == (octets, PAIRS)
+    assert (record.network_receive_bytes, record.network_receive_packets) == (octets, PAIRS)

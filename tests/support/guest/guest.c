@@ -6,6 +6,7 @@
  *   m MIB       adds one to a counter and writes as    c          prints the counter: COUNT n
  *               many MiB of memory; prints COUNT n     p          triple fault
  *   w TEXT      writes TEXT to the disk's first sector r          prints what is there: DISK TEXT
+ *   say TEXT    prints TEXT, and resets
  *   args        prints the kernel command line         deaf       leaves Ctrl-Alt-Del unheard from now on
  *   mem         prints the end of the memory map: MEM  hang       stops, with interrupts off
  *               and a number of KiB
@@ -49,6 +50,14 @@ static void reset(void)
 	for (;;) __asm__ volatile("cli; hlt");
 }
 
+static void take_typed(void)
+{
+	while (inb(0x3fd) & 1) {
+		ring[ring_in % sizeof ring] = inb(0x3f8);
+		ring_in++;
+	}
+}
+
 void guest_interrupt(u64 vector)
 {
 	if (vector < 32) {
@@ -57,11 +66,7 @@ void guest_interrupt(u64 vector)
 		print("\r\n");
 		reset();
 	}
-	if (vector == 0x24)
-		while (inb(0x3fd) & 1) {
-			ring[ring_in % sizeof ring] = inb(0x3f8);
-			ring_in++;
-		}
+	if (vector == 0x24) take_typed();
 	if (vector == 0x21)
 		/* Firecracker sends codes of set 2, others of set 1: Delete is 0x71 or 0x53. */
 		while (inb(0x64) & 1) {
@@ -89,6 +94,8 @@ static void set_up_interrupts(void)
 	outb(0xa0, 0x11); outb(0xa1, 0x28); outb(0xa1, 0x02); outb(0xa1, 0x01);
 	outb(0x21, 0xed); outb(0xa1, 0xff);
 	outb(0x3f9, 1);
+	/* What was typed before made no interrupt. */
+	take_typed();
 }
 
 /* Text. */
@@ -216,6 +223,7 @@ static void obey(const char *line)
 {
 	if (!*line) return;
 	if (starts(line, "echo ")) { print(line + 5); print("\r\n"); }
+	else if (starts(line, "say ")) { print(line + 4); print("\r\n"); reset(); }
 	else if (equal(line, "q") || equal(line, "exit") || starts(line, "exit ")) reset();
 	else if (equal(line, "m") || starts(line, "m ")) {
 		counter++;

@@ -45,7 +45,7 @@ from hypervisor.core.states import (
 )
 from hypervisor.v1 import cluster_pb2, instance_pb2, node_pb2, operation_pb2
 from hypervisor.wire import enums, instances, nodes, operations, times
-from hypervisor.wire.consoles import console_data_to_wire
+from hypervisor.wire.consoles import console_data_from_wire, console_data_to_wire
 from hypervisor.wire.stats import stats_from_wire, stats_to_wire, usage_from_wire, usage_to_wire
 
 _TEXT = st.text(alphabet=st.characters(exclude_categories=("Cs",)), max_size=20)
@@ -382,3 +382,31 @@ _INSTANCE = Instance(
 def test_encoded_console_data_is_what_the_message_encodes_to(size):
     data = bytes(range(256)) * (size // 256) + bytes(size % 256)
     assert console_data_to_wire(data) == instance_pb2.ConsoleOutput(data=data).SerializeToString()
+    assert console_data_from_wire(console_data_to_wire(data)) == data
+
+
+@given(st.binary(max_size=40))
+def test_only_a_message_of_nothing_but_data_is_taken_for_one(encoded):
+    data = console_data_from_wire(encoded)
+
+    if data is not None:
+        decoded = instance_pb2.ConsoleOutput.FromString(encoded)
+        assert decoded.WhichOneof("output") == "data"
+        assert decoded.data == data
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        b"",
+        b"\x12",
+        b"\x12\x03ab",
+        b"\x12\x02abc",
+        b"\x12\x80\x80\x80\x80\x80\x01",
+        instance_pb2.ConsoleOutput(data=b"x").SerializeToString()
+        + instance_pb2.ConsoleOutput(skipped=instance_pb2.ConsoleOutput.Skipped(bytes=1)).SerializeToString(),
+    ],
+    ids=["nothing", "no length", "cut off", "more behind", "no end of the length", "another kind behind"],
+)
+def test_anything_else_is_left_to_the_decoder(encoded):
+    assert console_data_from_wire(encoded) is None

@@ -138,7 +138,7 @@ cdef inline int64_t viewer_plan(ViewerState* state, iovec* pieces, int* count) n
     state.header_size = 0
     state.length = 0
     if state.out_size <= OUT_SMALL_BYTES:
-        if state.position < ring_start(ring) and state.position < end:
+        if state.position < ring_start(ring) and state.position < end and state.credit != 0:
             to = min(ring_after_skip(ring), end)
             if not viewer_skip(state, to):
                 return -1

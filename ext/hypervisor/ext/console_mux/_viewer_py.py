@@ -58,7 +58,8 @@ class ViewerState:
             return [bytes(self.out)], 0
         ring = self._ring
         end = ring.end if self._ends_at < 0 else self._ends_at
-        if self.position < ring.start and self.position < end:
+        # One without credit gets nothing anyway: it is told once of all that it has lost by then.
+        if self.position < ring.start and self.position < end and self.credit != 0:
             to = min(ring.after_skip(), end)
             lost = to - self.position
             self.position, self.skipped = to, self.skipped + lost

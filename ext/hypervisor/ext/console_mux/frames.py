@@ -28,6 +28,7 @@ closes that viewer. Closing the socket for sending ends a framed viewer.
 """
 
 import struct
+from collections.abc import Iterator
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -38,6 +39,7 @@ __all__ = [
     "Frame",
     "FrameType",
     "InputResult",
+    "OutputCutter",
     "ProtocolError",
     "encode",
     "encode_credit",
@@ -118,3 +120,68 @@ def encode_credit(count: int) -> bytes:
 def skip_marker(count: int) -> bytes:
     """Return what stands in the output of a raw viewer, and in log files, in place of ``count`` bytes."""
     return b"\r\n[... %d bytes skipped ...]\r\n" % count
+
+
+class OutputPiece(NamedTuple):
+    """A frame from the mux, or a part of a DATA frame: ``payload`` lies where it came and begins at ``position``."""
+
+    type: FrameType
+    code: int
+    position: int
+    payload: memoryview
+
+
+class OutputCutter:
+    """Cuts what the mux sends into pieces without copying output: for those who pass it on.
+
+    Unlike with a decoder, output is there as soon as it came: a DATA frame may be given in several pieces. After a
+    :class:`ProtocolError` the stream is of no use.
+    """
+
+    def __init__(self) -> None:
+        self._rest = b""
+        """The beginning of what is no whole header, or no whole frame but DATA."""
+        self._left = 0
+        """Bytes of the DATA frame that have not come."""
+        self._position = 0
+
+    def feed(self, data: bytes) -> Iterator[OutputPiece]:
+        """Yield what is in ``data``, in order. ProtocolError for what the mux does not send."""
+        at = 0
+        if self._rest:
+            data, self._rest = self._rest + data, b""
+        view, end = memoryview(data), len(data)
+        while at < end:
+            if self._left:
+                part = view[at : at + self._left]
+                position = self._position
+                at += len(part)
+                self._left -= len(part)
+                self._position += len(part)
+                yield OutputPiece(FrameType.DATA, 0, position, part)
+                continue
+            if end - at < HEADER_BYTES:
+                break
+            kind, zero, code, length, position = HEADER.unpack_from(data, at)
+            if zero != 0 or kind not in _FROM_MUX or not _FROM_MUX[kind][0] <= length <= _FROM_MUX[kind][1]:
+                raise ProtocolError(f"no frame of the mux: type {kind}, length {length}, position {position}")
+            if kind == FrameType.DATA:
+                at += HEADER_BYTES
+                self._left, self._position = length, position
+                continue
+            if end - at < HEADER_BYTES + length:
+                break
+            at += HEADER_BYTES
+            yield OutputPiece(FrameType(kind), code, position, view[at : at + length])
+            at += length
+        self._rest = data[at:]
+
+
+_FROM_MUX = {
+    FrameType.DATA: (1, MAX_DATA_BYTES),
+    FrameType.SKIPPED: (8, 8),
+    FrameType.ENDED: (0, 0),
+    FrameType.INPUT_DONE: (0, 0),
+    FrameType.INPUT_READY: (0, 0),
+}
+"""Shortest and longest payload of what the mux sends."""

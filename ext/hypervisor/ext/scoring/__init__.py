@@ -46,10 +46,12 @@ __all__ = [
 ]
 
 if os.environ.get("HYPERVISOR_EXT_PURE") == "1":
-    from hypervisor.ext.scoring._table_py import NodeTable, Request
+    from hypervisor.ext.scoring._request_py import Request
+    from hypervisor.ext.scoring._table_py import NodeTable
 
     implementation = "python"
 else:
-    from hypervisor.ext.scoring._table_c import NodeTable, Request
+    from hypervisor.ext.scoring._request_c import Request
+    from hypervisor.ext.scoring._table_c import NodeTable
 
     implementation = "native"

@@ -10,13 +10,13 @@ from libc.string cimport memcmp, memset
 from hypervisor.ext.scoring._engine cimport (
     BLOCK, FAILS, HOT_SHAPES, KIND_CLASS, KIND_COUNTER, KIND_PREFERENCE, LOG, MAX_COLUMNS, RECENT_SHAPES,
     Counter, Entry, Group, Hot, Shape, Table, Wanted,
-    count_of, entry_of, grow, hv_block, hv_fold, hv_mix32, hv_permille, hv_plan, hv_summarise, hv_summary, room_for,
+    count_of, entry_of, grow, hv_block, hv_begun, hv_mixed, hv_permille, hv_plan, hv_summarise, hv_summary, room_for,
     set_count, set_shares, touch,
 )
 
 
 cdef enum:
-    NO_MEMORY = -1
+    OUT_OF_RANGE = -1             # a count would leave 0..MAX_AMOUNT
     SOFT_PREFER = 0
     SOFT_AVOID = 1
     SOFT_SPREAD = 2
@@ -224,7 +224,7 @@ cdef inline int judge_all(Table* t, Resolved* r, Hot* hot, bint only_best) noexc
             if not only_best:
                 memset(hot.scores + number * BLOCK, 0xFF, BLOCK * 4)  # FAILS
             continue
-        peak = t.kernels.judge(&t.blocks[number], &r.plan, <size_t> number, hot.scores + number * BLOCK)
+        peak = t.kernels.judge(&t.blocks[number], &t.summaries[number], &r.plan, <size_t> number, hot.scores + number * BLOCK)
         hot.peaks[number] = peak
         if only_best and peak > best:
             best = peak
@@ -267,9 +267,9 @@ cdef inline int bring_up_to_date(Table* t, Resolved* r, Hot* hot) noexcept nogil
 
 
 cdef inline void find_best(Table* t, Hot* hot, uint32_t seed, Found* found) noexcept nogil:
-    """The best node of a column that was judged; ``seed`` is folded."""
-    cdef int64_t part = 0, number, slot
-    cdef int32_t best = FAILS, peak, key, least = 0
+    """The best node of a column that was judged; ``seed`` is hv_begun."""
+    cdef int64_t part = 0, number, slot, first = -1
+    cdef int32_t best = FAILS, peak, least = 0
     found.slot = -1
     while part < hot.blocks:
         peak = t.kernels.peak(hot.peaks + part)
@@ -288,19 +288,21 @@ cdef inline void find_best(Table* t, Hot* hot, uint32_t seed, Found* found) noex
         if hot.tie_stale[number]:
             hot.tie_keys[number] = t.kernels.tie(&t.blocks[number], hot.scores + number * BLOCK, best, seed)
             hot.tie_stale[number] = 0
-        key = hot.tie_keys[number]
-        if found.slot >= 0 and key > least:
+        if first < 0 or hot.tie_keys[number] < least:
+            first, least = number, hot.tie_keys[number]
+    for number in range(first, hot.blocks):
+        if hot.peaks[number] != best or hot.tie_keys[number] != least:
             continue
         for slot in range(number * BLOCK, (number + 1) * BLOCK):
-            if hot.scores[slot] == best and tie_key(t, slot, seed) == key:
+            if hot.scores[slot] == best and tie_key(t, slot, seed) == least:
                 # Two keys are the same where the hashes are the same when folded: then the hashes decide, then slots.
-                if found.slot < 0 or key < least or t.hashes[slot] < t.hashes[found.slot]:
-                    found.slot, least = slot, key
+                if found.slot < 0 or t.hashes[slot] < t.hashes[found.slot]:
+                    found.slot = slot
 
 
 cdef inline int32_t tie_key(Table* t, int64_t slot, uint32_t seed) noexcept nogil:
     """As the kernel has it: signed, in the same order."""
-    return <int32_t> (hv_mix32(t.blocks[slot // BLOCK].folded_hash[slot % BLOCK] ^ seed) ^ <uint32_t> 0x80000000)
+    return <int32_t> (hv_mixed(t.blocks[slot // BLOCK].tie_hash[slot % BLOCK] ^ seed) ^ <uint32_t> 0x80000000)
 
 
 cdef inline Hot* hot_shape(Table* t, const Wanted* wanted) noexcept nogil:
@@ -342,14 +344,15 @@ cdef inline int choose(Table* t, const Wanted* wanted, uint64_t seed, Found* fou
         hot = &t.hot[HOT_SHAPES]
         if not judge_all(t, &r, hot, True):
             return 0
-    find_best(t, hot, hv_fold(seed), found)
+    find_best(t, hot, hv_begun(seed), found)
     return 1
 
 
 cdef inline int add_to_counts(Table* t, const Wanted* wanted, int64_t slot, int32_t delta) noexcept nogil:
-    """Count an instance in, or out (-1). 0 where a count would leave its range, or without memory: then nothing is."""
+    """Count an instance in, or out (-1). 0 without memory, OUT_OF_RANGE where a count would leave it: nothing changed."""
     cdef int32_t i, j, count
     cdef int64_t domain
+    cdef bint in_range
     cdef Counter* counter
     for i in range(wanted.adds):
         counter = entry_of(t, wanted.add_ids[i], KIND_COUNTER).counter
@@ -357,13 +360,14 @@ cdef inline int add_to_counts(Table* t, const Wanted* wanted, int64_t slot, int3
         if domain < 0:
             continue
         count = count_of(counter, domain) + delta
-        if not 0 <= count < (1 << 30) or not set_count(t, counter, domain, count):
+        in_range = 0 <= count < (1 << 30)
+        if not in_range or not set_count(t, counter, domain, count):
             for j in range(i):
                 counter = entry_of(t, wanted.add_ids[j], KIND_COUNTER).counter
                 domain = counter.group.domain[slot] - 1
                 if domain >= 0:
                     set_count(t, counter, domain, count_of(counter, domain) - delta)  # there is room for it
-            return 0
+            return OUT_OF_RANGE if not in_range else 0
     return 1
 
 
@@ -379,13 +383,16 @@ cdef inline void take(Table* t, int64_t slot, int64_t cpu, int64_t memory, int64
 
 
 cdef inline int place_one(Table* t, const Wanted* wanted, uint64_t seed, Found* found) noexcept nogil:
-    """Choose, and reserve there. 0 without memory: nothing is reserved."""
+    """Choose, and reserve there. 0 without memory, OUT_OF_RANGE for a count: nothing is reserved."""
+    cdef int done
     if not choose(t, wanted, seed, found):
         return 0
     if found.slot < 0:
         return 1
-    if wanted.adds and not add_to_counts(t, wanted, found.slot, 1):
-        return 0
+    if wanted.adds:
+        done = add_to_counts(t, wanted, found.slot, 1)
+        if done != 1:
+            return done
     take(t, found.slot, wanted.shape.cpu, wanted.shape.memory, wanted.shape.disk)
     return 1
 

@@ -23,7 +23,7 @@ cdef extern from "hypervisor/ext/scoring/_kernels.h" nogil:
         uint32_t* base
         uint32_t* cpu_rate
         uint32_t* memory_rate
-        uint32_t* folded_hash
+        uint32_t* tie_hash
         int32_t* load_score
         int32_t* penalty_score
 
@@ -32,6 +32,10 @@ cdef extern from "hypervisor/ext/scoring/_kernels.h" nogil:
         int32_t memory_free
         int32_t disk_free
         int32_t bits
+        int32_t cpu_free_min
+        int32_t memory_free_min
+        int32_t disk_free_min
+        int32_t bits_of_all
         uint32_t base_max
         uint32_t base_min
         uint32_t cpu_rate_max
@@ -61,12 +65,12 @@ cdef extern from "hypervisor/ext/scoring/_kernels.h" nogil:
         const int32_t** domain_value
 
     ctypedef struct hv_kernels:
-        int32_t (*judge)(const hv_block*, const hv_plan*, size_t, int32_t*) noexcept nogil
+        int32_t (*judge)(const hv_block*, const hv_summary*, const hv_plan*, size_t, int32_t*) noexcept nogil
         int32_t (*tie)(const hv_block*, const int32_t*, int32_t, uint32_t) noexcept nogil
         int32_t (*peak)(const int32_t*) noexcept nogil
 
-    uint32_t hv_mix32(uint32_t x)
-    uint32_t hv_fold(uint64_t x)
+    uint32_t hv_begun(uint64_t x)
+    uint32_t hv_mixed(uint32_t x)
     int32_t hv_permille(uint64_t sum)
     void hv_summarise(const hv_block* block, const uint8_t* alive, hv_summary* summary)
     hv_kernels hv_choose_kernels(int plain, const char** vectors)

@@ -1,7 +1,7 @@
 /* Judging a block of 64 nodes at once, without a branch a node: the loops of _table_c, as the rules in _rules.py say.
  *
- * One body in GCC's vectors of 8 int32, compiled twice: for the processor at hand (AVX2, found out at run time) and for
- * any. Both give the same numbers, as all of it is integer arithmetic that wraps (unsigned) or cannot overflow (sums of
+ * One body (_kernels_body.h) in GCC's vectors of 8 int32, compiled twice: for the processor at hand (AVX2, found out at
+ * run time) and for any. Both give the same numbers, as all of it is integer arithmetic that wraps (unsigned) or cannot overflow (sums of
  * at most 15 scores of 0..1000 times weights of 0..1000). Comparisons of vectors give -1 (true) or 0 a lane.
  */
 #ifndef HYPERVISOR_EXT_SCORING_KERNELS_H
@@ -21,13 +21,15 @@ typedef struct {
     int32_t cpu_free[BLOCK], memory_free[BLOCK], disk_free[BLOCK], bits[BLOCK];
     /* share = base + cpu * cpu_rate + memory * memory_rate, in units of 2**-31 of the mean. */
     uint32_t base[BLOCK], cpu_rate[BLOCK], memory_rate[BLOCK];
-    uint32_t folded_hash[BLOCK];
+    uint32_t tie_hash[BLOCK];  /* hv_begun */
     int32_t load_score[BLOCK], penalty_score[BLOCK];
 } hv_block;
 
-/* What a block can offer at best; what it cannot is not looked for there. */
+/* What a block can offer at best; what it cannot is not looked for there, and what all of its nodes have is not looked at
+ * one by one. The minima are of all 64 slots (-1 where one has no node), everything else of the nodes. */
 typedef struct {
     int32_t cpu_free, memory_free, disk_free, bits;  /* maxima, and the union of the bits */
+    int32_t cpu_free_min, memory_free_min, disk_free_min, bits_of_all;
     uint32_t base_max, base_min, cpu_rate_max, cpu_rate_min, memory_rate_max, memory_rate_min;
     int32_t load_max, penalty_max;
     int32_t stale;
@@ -46,16 +48,17 @@ typedef struct {
     const int32_t *domain_value[MAX_COLUMNS];  /* by domain + 1: what the group's counters add to the score, or FAILS */
 } hv_plan;
 
-static inline uint32_t hv_mix32(uint32_t x) {
-    x ^= x >> 16;
+/* tie_key of _rules.py in two parts, as the first step of its mix32 can be made for the hash and the seed alone: */
+static inline uint32_t hv_begun(uint64_t x) {
+    uint32_t folded = (uint32_t)x ^ (uint32_t)(x >> 32);
+    return folded ^ folded >> 16;
+}
+
+static inline uint32_t hv_mixed(uint32_t x) {
     x *= 0x7feb352dU;
     x ^= x >> 15;
     x *= 0x846ca68bU;
     return x ^ x >> 16;
-}
-
-static inline uint32_t hv_fold(uint64_t x) {
-    return (uint32_t)x ^ (uint32_t)(x >> 32);
 }
 
 static inline int32_t hv_permille(uint64_t sum) {
@@ -64,108 +67,24 @@ static inline int32_t hv_permille(uint64_t sum) {
     return (int32_t)((uint32_t)(sum >> 11) * 1000U >> 20);
 }
 
-/* The vectors below never cross a call: all is inlined. */
-#pragma GCC diagnostic ignored "-Wpsabi"
-
-#define HV_INLINE static inline __attribute__((always_inline))
-#define HV_SPLAT(x) ((hv_vec){0} + (int32_t)(x))
-#define HV_USPLAT(x) ((hv_uvec){0} + (uint32_t)(x))
-#define HV_LOAD(column, at) (*(const hv_vec *)&(column)[at])
-#define HV_ULOAD(column, at) (*(const hv_uvec *)&(column)[at])
-
-HV_INLINE hv_vec hv_max(hv_vec a, hv_vec b) {
-    hv_vec above = a > b;
-    return (a & above) | (b & ~above);
-}
-
-HV_INLINE int32_t hv_highest(hv_vec v) {
-    int32_t best = v[0];
-    for (int lane = 1; lane < LANES; lane++)
-        best = v[lane] > best ? v[lane] : best;
-    return best;
-}
-
-/* Scores of a block into `scores`, FAILS where a node fails; returns the highest.
- * `number` is the block's: columns of the plan reach to its end, domains lie within domain_value (see _engine.pxd). */
-HV_INLINE int32_t hv_judge_body(const hv_block *block, const hv_plan *plan, size_t number, int32_t *scores) {
-    const hv_vec lane_bit = {1, 2, 4, 8, 16, 32, 64, 128};
-    hv_vec best = HV_SPLAT(FAILS);
-    for (int at = 0; at < BLOCK; at += LANES) {
-        hv_vec passes = (HV_LOAD(block->cpu_free, at) >= HV_SPLAT(plan->cpu)) &
-                        (HV_LOAD(block->memory_free, at) >= HV_SPLAT(plan->memory)) &
-                        (HV_LOAD(block->disk_free, at) >= HV_SPLAT(plan->disk)) &
-                        ((HV_LOAD(block->bits, at) & HV_SPLAT(plan->bits)) == HV_SPLAT(plan->bits));
-        hv_uvec sum = HV_ULOAD(block->base, at) + HV_ULOAD(block->cpu_rate, at) * HV_USPLAT(plan->cpu) +
-                      HV_ULOAD(block->memory_rate, at) * HV_USPLAT(plan->memory);
-        hv_uvec share = (sum >> 11) * HV_USPLAT(1000) >> 20;
-        hv_vec score = HV_SPLAT(plan->constant) + (hv_vec)share * HV_SPLAT(plan->share_weight);
-        if (plan->load_weight | plan->penalty_weight)
-            score += HV_LOAD(block->load_score, at) * HV_SPLAT(plan->load_weight) +
-                     HV_LOAD(block->penalty_score, at) * HV_SPLAT(plan->penalty_weight);
-        for (int i = 0; i < plan->classes; i++) {
-            hv_vec word = HV_SPLAT((plan->class_words[i][number] >> at) & 255);
-            passes &= (word & lane_bit) == lane_bit;
-        }
-        for (int i = 0; i < plan->columns; i++)
-            score += HV_LOAD(plan->column[i], number * BLOCK + at) * HV_SPLAT(plan->column_weight[i]);
-        for (int i = 0; i < plan->groups; i++) {
-            const int32_t *domain = plan->domain[i] + number * BLOCK + at;
-            const int32_t *value = plan->domain_value[i];
-            hv_vec added = {value[domain[0]], value[domain[1]], value[domain[2]], value[domain[3]],
-                            value[domain[4]], value[domain[5]], value[domain[6]], value[domain[7]]};
-            passes &= added >= 0;
-            score += added;
-        }
-        score = (score & passes) | ~passes;
-        *(hv_vec *)&scores[at] = score;
-        best = hv_max(best, score);
-    }
-    return hv_highest(best);
-}
-
-/* Smallest tie key (as signed, of mix32 ^ 2**31) among the nodes of a block that score `best`. */
-HV_INLINE int32_t hv_tie_body(const hv_block *block, const int32_t *scores, int32_t best, uint32_t seed) {
-    hv_vec least = HV_SPLAT(INT32_MAX);
-    for (int at = 0; at < BLOCK; at += LANES) {
-        hv_uvec x = HV_ULOAD(block->folded_hash, at) ^ HV_USPLAT(seed);
-        x ^= x >> 16;
-        x *= HV_USPLAT(0x7feb352dU);
-        x ^= x >> 15;
-        x *= HV_USPLAT(0x846ca68bU);
-        x ^= x >> 16;
-        hv_vec key = (hv_vec)(x ^ HV_USPLAT(0x80000000U));
-        hv_vec equal = HV_LOAD(scores, at) == HV_SPLAT(best);
-        key = (key & equal) | (HV_SPLAT(INT32_MAX) & ~equal);
-        hv_vec below = key < least;
-        least = (key & below) | (least & ~below);
-    }
-    int32_t result = least[0];
-    for (int lane = 1; lane < LANES; lane++)
-        result = least[lane] < result ? least[lane] : result;
-    return result;
-}
-
-/* Highest of 64 numbers. */
-HV_INLINE int32_t hv_peak_body(const int32_t *numbers) {
-    hv_vec best = HV_LOAD(numbers, 0);
-    for (int at = LANES; at < BLOCK; at += LANES)
-        best = hv_max(best, HV_LOAD(numbers, at));
-    return hv_highest(best);
-}
-
 typedef struct {
-    int32_t (*judge)(const hv_block *, const hv_plan *, size_t, int32_t *);
+    int32_t (*judge)(const hv_block *, const hv_summary *, const hv_plan *, size_t, int32_t *);
     int32_t (*tie)(const hv_block *, const int32_t *, int32_t, uint32_t);
     int32_t (*peak)(const int32_t *);
 } hv_kernels;
 
 /* Work a block's summary out again. */
 static inline void hv_summarise(const hv_block *block, const uint8_t *alive, hv_summary *summary) {
-    hv_summary s = {.cpu_free = -1, .memory_free = -1, .disk_free = -1, .base_min = UINT32_MAX,
-                    .cpu_rate_min = UINT32_MAX, .memory_rate_min = UINT32_MAX};
+    hv_summary s = {.cpu_free = -1, .memory_free = -1, .disk_free = -1, .cpu_free_min = INT32_MAX,
+                    .memory_free_min = INT32_MAX, .disk_free_min = INT32_MAX, .bits_of_all = -1,
+                    .base_min = UINT32_MAX, .cpu_rate_min = UINT32_MAX, .memory_rate_min = UINT32_MAX};
 #define HV_RAISE(field, value) s.field = (value) > s.field ? (value) : s.field
 #define HV_LOWER(field, value) s.field = (value) < s.field ? (value) : s.field
     for (int i = 0; i < BLOCK; i++) {
+        HV_LOWER(cpu_free_min, block->cpu_free[i]);
+        HV_LOWER(memory_free_min, block->memory_free[i]);
+        HV_LOWER(disk_free_min, block->disk_free[i]);
+        s.bits_of_all &= block->bits[i];
         if (!alive[i])
             continue;
         HV_RAISE(cpu_free, block->cpu_free[i]);
@@ -186,18 +105,23 @@ static inline void hv_summarise(const hv_block *block, const uint8_t *alive, hv_
     *summary = s;
 }
 
-#define HV_DEFINE(suffix, attribute)                                                                                   \
-    attribute static int32_t hv_judge_##suffix(const hv_block *b, const hv_plan *p, size_t n, int32_t *s) {            \
-        return hv_judge_body(b, p, n, s);                                                                              \
-    }                                                                                                                  \
-    attribute static int32_t hv_tie_##suffix(const hv_block *b, const int32_t *s, int32_t best, uint32_t seed) {       \
-        return hv_tie_body(b, s, best, seed);                                                                          \
-    }                                                                                                                  \
-    attribute static int32_t hv_peak_##suffix(const int32_t *n) { return hv_peak_body(n); }
+/* The vectors never cross a call: all is inlined. */
+#pragma GCC diagnostic ignored "-Wpsabi"
 
-HV_DEFINE(any, )
+#define HV_KERNEL(name) hv_##name##_any
+#define HV_TARGET
+#include "hypervisor/ext/scoring/_kernels_body.h"
+#undef HV_KERNEL
+#undef HV_TARGET
+
 #if defined(__x86_64__)
-HV_DEFINE(avx2, __attribute__((target("avx2"))))
+#define HV_AVX2
+#define HV_KERNEL(name) hv_##name##_avx2
+#define HV_TARGET __attribute__((target("avx2")))
+#include "hypervisor/ext/scoring/_kernels_body.h"
+#undef HV_AVX2
+#undef HV_KERNEL
+#undef HV_TARGET
 #endif
 
 /* The kernels for this processor; those for any where `plain` is asked for. `vectors` tells which. */

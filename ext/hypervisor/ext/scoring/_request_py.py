@@ -1,4 +1,4 @@
-"""The request of :mod:`._table_py`, as the native one in :mod:`._table_c`."""
+"""The request of :mod:`._table_py`: the specification, and the oracle of :mod:`._request_c`."""
 
 from collections.abc import Sequence
 
@@ -13,6 +13,7 @@ from hypervisor.ext.scoring._rules import (
     MAX_SOFT,
     MAX_WEIGHT,
     SPREAD,
+    within,
 )
 
 __all__ = ["Request"]
@@ -79,15 +80,15 @@ class Request:
         avoid: Sequence[tuple[int, int]] = (),
         spread: Sequence[tuple[int, int]] = (),
     ) -> None:
-        self.cpu = _within("cpu", cpu, 0, MAX_AMOUNT)
-        self.memory = _within("memory", memory, 0, MAX_AMOUNT)
-        self.disk = _within("disk", disk, 0, MAX_AMOUNT)
-        self.bits = _within("bits", bits, 0, (1 << 31) - 1)
-        self.slot = _within("slot", slot, -1, MAX_NODES - 1)
-        self.policy = _within("policy", policy, BINPACK, SPREAD)
-        self.utilisation_weight = _within("utilisation_weight", utilisation_weight, 0, MAX_WEIGHT)
-        self.load_weight = _within("load_weight", load_weight, 0, MAX_WEIGHT)
-        self.penalty_weight = _within("penalty_weight", penalty_weight, 0, MAX_WEIGHT)
+        self.cpu = within("cpu", cpu, 0, MAX_AMOUNT)
+        self.memory = within("memory", memory, 0, MAX_AMOUNT)
+        self.disk = within("disk", disk, 0, MAX_AMOUNT)
+        self.bits = within("bits", bits, 0, (1 << 31) - 1)
+        self.slot = within("slot", slot, -1, MAX_NODES - 1)
+        self.policy = within("policy", policy, BINPACK, SPREAD)
+        self.utilisation_weight = within("utilisation_weight", utilisation_weight, 0, MAX_WEIGHT)
+        self.load_weight = within("load_weight", load_weight, 0, MAX_WEIGHT)
+        self.penalty_weight = within("penalty_weight", penalty_weight, 0, MAX_WEIGHT)
         self.classes = _ids(classes)
         self.affinity = _ids(affinity)
         self.anti_affinity = _ids(anti_affinity)
@@ -104,23 +105,15 @@ class Request:
             ("prefer, avoid and spread", len(self.prefer) + len(self.avoid) + len(self.spread), MAX_SOFT),
         ):
             if count > most:
-                raise ValueError(f"{what}: at most {most} ids, not {count}")
-
-
-def _within(name: str, value: int, low: int, high: int) -> int:
-    if not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be {low}..{high}, not {value}")
-    return value
+                raise ValueError(f"{what}: at most {most} ids")
 
 
 def _ids(ids: Sequence[int]) -> tuple[int, ...]:
-    return tuple(_within("id", one, 0, (1 << 63) - 1) for one in ids)
+    return tuple(within("id", one, 0, (1 << 63) - 1) for one in ids)
 
 
 def _weighted(pairs: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     return tuple(
-        (_within("id", one, 0, (1 << 63) - 1), _within("weight", weight, 0, MAX_WEIGHT))
+        (within("id", one, 0, (1 << 63) - 1), within("weight", weight, 0, MAX_WEIGHT))
         for one, weight in pairs
     )

@@ -28,6 +28,7 @@ __all__ = [
     "MAX_ADDS",
     "MAX_AMOUNT",
     "MAX_CLASSES",
+    "MAX_COUNT",
     "MAX_DOMAINS",
     "MAX_HARD",
     "MAX_NODES",
@@ -45,6 +46,7 @@ __all__ = [
     "share",
     "share_of",
     "tie_key",
+    "within",
 ]
 
 BINPACK = 0
@@ -55,6 +57,9 @@ SPREAD = 1
 
 MAX_AMOUNT = (1 << 30) - 1
 """Largest amount of a resource: a million processors, a pebibyte of memory, an exbibyte of disk."""
+
+MAX_COUNT = 1 << 62
+"""Largest number of instances or nodes that a call can be asked for."""
 
 MAX_NODES = 1 << 20
 MAX_DOMAINS = 1 << 20
@@ -122,6 +127,15 @@ class Judgement(NamedTuple):
     failures: tuple[Failure, ...]
     score: int
     parts: tuple[Part, ...]
+
+
+def within(name: str, value: int, low: int, high: int) -> int:
+    """The argument ``name``, checked: TypeError where it is no integer, ValueError out of its range."""
+    if not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be {low}..{high}, not {value}")
+    return value
 
 
 def mix32(value: int) -> int:

@@ -1,215 +1,29 @@
 """Native twin of _table_py: the same names, the same behaviour, over C columns; long calls run without the GIL."""
 
 cimport cython
-from cpython.exc cimport PyErr_Clear, PyErr_ExceptionMatches
 from libc.stdint cimport int16_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc, qsort
-from libc.string cimport memset
+from libc.stdlib cimport calloc, free, malloc
 
+from hypervisor.ext.scoring._arguments cimport (
+    MAX_AMOUNT, MAX_DOMAINS, MAX_NODES, PyLong_AsLongLong, unsigned, within,
+)
 from hypervisor.ext.scoring._choice cimport (
-    SOFT_AVOID, SOFT_PREFER, SOFT_SPREAD, Found, Resolved,
-    add_to_counts, choose, judge_all, judge_one, place_one, resolve, take, take_back, tie_key,
+    OUT_OF_RANGE, Found, add_to_counts, choose, place_one, take, take_back,
 )
 from hypervisor.ext.scoring._engine cimport (
     BLOCK, HOT_SHAPES, KIND_CLASS, KIND_COUNTER, KIND_FREE, KIND_GROUP, KIND_PREFERENCE, MAX_ENTRIES, MAX_GROUPS,
     Counter, Entry, Table, Wanted,
-    clear_entry, count_of, drop_entry, entry_of, hv_block, hv_choose_kernels, hv_fold, new_entry, reach, set_count,
+    clear_entry, count_of, drop_entry, entry_of, hv_begun, hv_block, hv_choose_kernels, new_entry, reach, set_count,
     set_domain, set_shares, touch,
 )
+from hypervisor.ext.scoring._many cimport Candidate, choose_many, fill, rank
+from hypervisor.ext.scoring._request_c cimport Request
 
 from hypervisor.ext.scoring import _rules
 from hypervisor.ext.scoring._explain import explain
 
 cdef enum:
     LARGE = 256 * 64  # slots from which on a single choice is worth giving up the GIL for
-    MAX_AMOUNT = (1 << 30) - 1
-    MAX_NODES = 1 << 20
-    MAX_DOMAINS = 1 << 20
-
-cdef extern from "Python.h":
-    long long PyLong_AsLongLong(object value) except? -1
-    unsigned long long PyLong_AsUnsignedLongLong(object value) except? <unsigned long long> -1
-
-
-cdef int64_t within(str name, object value, int64_t low, int64_t high) except? -2:
-    """The number, checked; ValueError also where it is too long for any C type."""
-    cdef int64_t number
-    try:
-        number = PyLong_AsLongLong(value)
-    except OverflowError:
-        raise ValueError(f"{name} must be {low}..{high}, not {value}") from None
-    if number < low or number > high:
-        raise ValueError(f"{name} must be {low}..{high}, not {value}")
-    return number
-
-
-cdef uint64_t unsigned(str name, object value) except? 0:
-    if not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
-    try:
-        return PyLong_AsUnsignedLongLong(value)
-    except OverflowError:
-        raise ValueError(f"{name} must be 0..{(1 << 64) - 1}, not {value}") from None
-
-
-cdef int32_t put_ids(object ids, int64_t* into, int32_t have, int32_t most, str what) except -1:
-    """Append ids; returns how many there are then."""
-    cdef int64_t number
-    for one in ids:
-        number = within("id", one, 0, (<int64_t> 1 << 62) + ((<int64_t> 1 << 62) - 1))
-        if have == most:
-            raise ValueError(f"{what}: at most {most} ids")
-        into[have] = number
-        have += 1
-    return have
-
-
-@cython.final
-cdef class Request:
-    """See :class:`._request_py.Request`."""
-
-    cdef Wanted wanted
-
-    def __init__(
-        self, *, cpu=0, memory=0, disk=0, bits=0, classes=(), slot=-1, affinity=(), anti_affinity=(), adds=(),
-        policy=0, utilisation_weight=1, load_weight=0, penalty_weight=0, preferences=(), prefer=(), avoid=(), spread=(),
-    ):
-        cdef Wanted* w = &self.wanted
-        cdef int32_t count, kind
-        cdef size_t i
-        if w.hash:
-            raise TypeError("a request never changes")
-        w.shape.cpu = <int32_t> within("cpu", cpu, 0, MAX_AMOUNT)
-        w.shape.memory = <int32_t> within("memory", memory, 0, MAX_AMOUNT)
-        w.shape.disk = <int32_t> within("disk", disk, 0, MAX_AMOUNT)
-        w.shape.bits = <int32_t> within("bits", bits, 0, 0x7FFFFFFF)
-        w.shape.slot = <int32_t> within("slot", slot, -1, MAX_NODES - 1)
-        w.shape.policy = <int32_t> within("policy", policy, 0, 1)
-        w.shape.utilisation_weight = <int32_t> within("utilisation_weight", utilisation_weight, 0, 1000)
-        w.shape.load_weight = <int32_t> within("load_weight", load_weight, 0, 1000)
-        w.shape.penalty_weight = <int32_t> within("penalty_weight", penalty_weight, 0, 1000)
-        w.shape.classes = put_ids(classes, w.shape.class_ids, 0, 4, "classes")
-        w.shape.affinities = put_ids(affinity, w.shape.hard_ids, 0, 16, "affinity and anti_affinity")
-        w.shape.hards = put_ids(
-            anti_affinity, w.shape.hard_ids, w.shape.affinities, 16, "affinity and anti_affinity"
-        )
-        w.adds = put_ids(adds, w.add_ids, 0, 32, "adds")
-        count = 0
-        for one, weight in preferences:
-            count = put_ids((one,), w.shape.preference_ids, count, 4, "preferences")
-            w.shape.preference_weights[count - 1] = within("weight", weight, 0, 1000)
-        w.shape.preferences = count
-        count = 0
-        for kind, pairs in ((SOFT_PREFER, prefer), (SOFT_AVOID, avoid), (SOFT_SPREAD, spread)):
-            for one, weight in pairs:
-                count = put_ids((one,), w.shape.soft_ids, count, 8, "prefer, avoid and spread")
-                w.shape.soft_kinds[count - 1] = kind
-                w.shape.soft_weights[count - 1] = <int32_t> within("weight", weight, 0, 1000)
-        w.shape.softs = count
-        w.hash = 0xCBF29CE484222325ULL
-        for i in range(sizeof(w.shape) // 4):
-            w.hash = (w.hash ^ (<uint32_t*> &w.shape)[i]) * 0x100000001B3ULL
-            w.hash ^= w.hash >> 29
-        w.hash |= 1
-
-    cdef tuple soft(self, int32_t kind):
-        cdef int32_t i
-        return tuple([
-            (self.wanted.shape.soft_ids[i], self.wanted.shape.soft_weights[i])
-            for i in range(self.wanted.shape.softs)
-            if self.wanted.shape.soft_kinds[i] == kind
-        ])
-
-    @property
-    def cpu(self):
-        return self.wanted.shape.cpu
-
-    @property
-    def memory(self):
-        return self.wanted.shape.memory
-
-    @property
-    def disk(self):
-        return self.wanted.shape.disk
-
-    @property
-    def bits(self):
-        return self.wanted.shape.bits
-
-    @property
-    def slot(self):
-        return self.wanted.shape.slot
-
-    @property
-    def policy(self):
-        return self.wanted.shape.policy
-
-    @property
-    def utilisation_weight(self):
-        return self.wanted.shape.utilisation_weight
-
-    @property
-    def load_weight(self):
-        return self.wanted.shape.load_weight
-
-    @property
-    def penalty_weight(self):
-        return self.wanted.shape.penalty_weight
-
-    @property
-    def classes(self):
-        return tuple([self.wanted.shape.class_ids[i] for i in range(self.wanted.shape.classes)])
-
-    @property
-    def affinity(self):
-        return tuple([self.wanted.shape.hard_ids[i] for i in range(self.wanted.shape.affinities)])
-
-    @property
-    def anti_affinity(self):
-        return tuple([
-            self.wanted.shape.hard_ids[i] for i in range(self.wanted.shape.affinities, self.wanted.shape.hards)
-        ])
-
-    @property
-    def adds(self):
-        return tuple([self.wanted.add_ids[i] for i in range(self.wanted.adds)])
-
-    @property
-    def preferences(self):
-        return tuple([
-            (self.wanted.shape.preference_ids[i], self.wanted.shape.preference_weights[i])
-            for i in range(self.wanted.shape.preferences)
-        ])
-
-    @property
-    def prefer(self):
-        return self.soft(SOFT_PREFER)
-
-    @property
-    def avoid(self):
-        return self.soft(SOFT_AVOID)
-
-    @property
-    def spread(self):
-        return self.soft(SOFT_SPREAD)
-
-
-cdef struct Candidate:
-    int32_t slot, score, key
-    uint64_t node_hash
-
-
-cdef int compare_candidates(const void* left, const void* right) noexcept nogil:
-    """Best first; see _rules.tie_key."""
-    cdef const Candidate* a = <const Candidate*> left
-    cdef const Candidate* b = <const Candidate*> right
-    if a.score != b.score:
-        return -1 if a.score > b.score else 1
-    if a.key != b.key:
-        return -1 if a.key < b.key else 1
-    if a.node_hash != b.node_hash:
-        return -1 if a.node_hash < b.node_hash else 1
-    return (a.slot > b.slot) - (a.slot < b.slot)
 
 
 @cython.final
@@ -256,6 +70,8 @@ cdef class NodeTable:
         """The slot, checked to have a node."""
         cdef int64_t number
         self.enter()
+        if not isinstance(slot, int):
+            raise TypeError(f"slot must be an integer, not {type(slot).__name__}")
         try:
             number = PyLong_AsLongLong(slot)
         except OverflowError:
@@ -267,6 +83,8 @@ cdef class NodeTable:
     cdef Entry* entry(self, object id, int32_t kind) except NULL:
         cdef Entry* found = NULL
         self.enter()
+        if not isinstance(id, int):
+            raise TypeError(f"id must be an integer, not {type(id).__name__}")
         try:
             found = entry_of(&self.table, PyLong_AsLongLong(id), kind)
         except OverflowError:
@@ -339,7 +157,7 @@ cdef class NodeTable:
         t.alive[slot] = 1
         t.hashes[slot] = value
         block = &t.blocks[slot // BLOCK]
-        block.folded_hash[slot % BLOCK] = hv_fold(value)
+        block.tie_hash[slot % BLOCK] = hv_begun(value)
         self.write(slot, 0, 0, 0, 0, 0, 0, 0, -1, 0)
         return slot
 
@@ -543,8 +361,8 @@ cdef class NodeTable:
             self.busy = False
         else:
             done = place_one(&self.table, &request.wanted, number, &found)
-        if not done:
-            raise MemoryError
+        if done != 1:
+            raise not_placed(done)
         return (found.slot, found.score) if found.slot >= 0 else None
 
     def unplace(self, Request request not None, slot):
@@ -552,8 +370,8 @@ cdef class NodeTable:
         cdef Wanted* w = &request.wanted
         self.check_ids(w)
         at = self.known(slot)
-        if w.adds and not add_to_counts(&self.table, w, at, -1):
-            raise ValueError("count must be 0 or more")
+        if w.adds and add_to_counts(&self.table, w, at, -1) != 1:  # no count grows: memory is no question
+            raise ValueError(f"count must be 0..{MAX_AMOUNT}, not -1")
         try:
             self.take_checked(at, -w.shape.cpu, -w.shape.memory, -w.shape.disk)
         except ValueError:
@@ -564,7 +382,6 @@ cdef class NodeTable:
         cdef uint64_t number = unsigned("seed", seed)
         cdef int64_t most = within("count", count, 0, <int64_t> 1 << 62), slot, passed = 0
         cdef Table* t = &self.table
-        cdef Resolved r
         cdef int done
         cdef Candidate* found
         self.check_ids(&request.wanted)
@@ -573,17 +390,7 @@ cdef class NodeTable:
             raise MemoryError
         self.busy = True
         with nogil:
-            resolve(t, &request.wanted.shape, &r)
-            done = judge_all(t, &r, &t.hot[HOT_SHAPES], False)
-            if done:
-                for slot in range(t.high):
-                    if t.hot[HOT_SHAPES].scores[slot] >= 0 and (r.slot < 0 or r.slot == slot):
-                        found[passed].slot = <int32_t> slot
-                        found[passed].score = t.hot[HOT_SHAPES].scores[slot]
-                        found[passed].key = tie_key(t, slot, hv_fold(number))
-                        found[passed].node_hash = t.hashes[slot]
-                        passed += 1
-                qsort(found, <size_t> passed, sizeof(Candidate), compare_candidates)
+            done = rank(t, &request.wanted, number, found, &passed)
         self.busy = False
         try:
             if not done:
@@ -601,7 +408,7 @@ cdef class NodeTable:
     cdef list many(self, object requests, object seeds, bint reserve):
         cdef tuple wanted = tuple(requests), numbers = tuple(seeds)
         cdef int64_t count = len(wanted), i = 0
-        cdef int done = 1
+        cdef int done
         cdef const Wanted** pointers
         cdef uint64_t* values
         cdef Found* found
@@ -620,20 +427,10 @@ cdef class NodeTable:
             self.enter()
             self.busy = True
             with nogil:
-                for i in range(count):
-                    if reserve:
-                        done = place_one(&self.table, pointers[i], values[i], &found[i])
-                    else:
-                        done = choose(&self.table, pointers[i], values[i], &found[i])
-                    if not done:
-                        while reserve and i > 0:
-                            i -= 1
-                            if found[i].slot >= 0:
-                                take_back(&self.table, pointers[i], found[i].slot)
-                        break
+                done = choose_many(&self.table, pointers, values, count, reserve, found)
             self.busy = False
-            if not done:
-                raise MemoryError
+            if done != 1:
+                raise not_placed(done)
             return [(found[i].slot, found[i].score) if found[i].slot >= 0 else None for i in range(count)]
         finally:
             free(pointers)
@@ -649,70 +446,40 @@ cdef class NodeTable:
         self.check_ids(&request.wanted)
         while placed < most:
             done = place_one(&self.table, &request.wanted, number, &found)
-            if not done or found.slot < 0:
+            if done != 1 or found.slot < 0:
                 break
             result.append((found.slot, found.score))
             placed += 1
-        if not done:
+        if done != 1:
             for slot, _ in result:
                 take_back(&self.table, &request.wanted, slot)
-            raise MemoryError
+            raise not_placed(done)
         return result
 
     def capacity(self, Request request not None, limit):
         cdef int64_t left = within("limit", limit, 0, <int64_t> 1 << 62), slot
         cdef Table* t = &self.table
         cdef Wanted* w = &request.wanted
-        cdef Found found
-        cdef Resolved r
-        cdef int done = 1
-        cdef bint independent = True
-        cdef int32_t i, j
+        cdef int done
         cdef int64_t* numbers
         self.check_ids(w)
-        for i in range(w.adds):
-            for j in range(w.shape.hards):
-                independent = independent and w.add_ids[i] != w.shape.hard_ids[j]
         numbers = <int64_t*> calloc(t.high + 1, sizeof(int64_t))
         if numbers == NULL:
             raise MemoryError
         self.busy = True
         with nogil:
-            if independent:
-                resolve(t, &w.shape, &r)
-                for slot in range(t.high):
-                    if left > 0 and (r.slot < 0 or r.slot == slot) and judge_one(t, &r, slot) >= 0:
-                        numbers[slot] = multiple(t, w, slot, left)
-                        left -= numbers[slot]
-            else:
-                while left > 0:
-                    done = place_one(t, w, 0, &found)
-                    if not done or found.slot < 0:
-                        break
-                    numbers[found.slot] += 1
-                    left -= 1
-                for slot in range(t.high):
-                    for i in range(<int32_t> numbers[slot]):
-                        take_back(t, w, slot)
+            done = fill(t, w, left, numbers)
         self.busy = False
         try:
-            if not done:
-                raise MemoryError
+            if done != 1:
+                raise not_placed(done)
             return [(slot, numbers[slot]) for slot in range(t.high) if numbers[slot]]
         finally:
             free(numbers)
 
 
-cdef int64_t multiple(Table* t, const Wanted* w, int64_t slot, int64_t most) noexcept nogil:
-    """How often the resources of a request fit on a node, at most ``most`` times or MAX_AMOUNT times."""
-    cdef hv_block* block = &t.blocks[slot // BLOCK]
-    cdef int64_t at = slot % BLOCK
-    if most > MAX_AMOUNT:
-        most = MAX_AMOUNT
-    if w.shape.cpu and block.cpu_free[at] // w.shape.cpu < most:
-        most = block.cpu_free[at] // w.shape.cpu
-    if w.shape.memory and block.memory_free[at] // w.shape.memory < most:
-        most = block.memory_free[at] // w.shape.memory
-    if w.shape.disk and block.disk_free[at] // w.shape.disk < most:
-        most = block.disk_free[at] // w.shape.disk
-    return most
+cdef object not_placed(int done):
+    """The error for what :func:`place_one` returned."""
+    if done == OUT_OF_RANGE:
+        return ValueError(f"count must be 0..{MAX_AMOUNT}, not {MAX_AMOUNT + 1}")
+    return MemoryError()

@@ -1,21 +1,25 @@
 """The specification of the node table, and the oracle of its tests. See :mod:`._table_c` for the one in use."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from hypervisor.ext.scoring._explain import explain
 from hypervisor.ext.scoring._request_py import Request
 from hypervisor.ext.scoring._rules import (
     MAX_AMOUNT,
+    MAX_COUNT,
     MAX_DOMAINS,
     MAX_NODES,
     UNKNOWN_LOAD,
     Judgement,
     NodeRow,
     tie_key,
+    within,
 )
 
 __all__ = ["NodeTable", "Request"]
 
+_Value = TypeVar("_Value")
 _EMPTY = NodeRow(0, 0, 0, 0, 0, 0, 0, 0, UNKNOWN_LOAD, 0)
 
 
@@ -55,7 +59,7 @@ class NodeTable:
         ``node_hash`` (0..2**64 - 1) is a stable hash of the node's id, of its own for each node: ties are broken by
         it. The slot is the one freed last, else the next after the highest. Raises OverflowError at MAX_NODES nodes.
         """
-        _check("node_hash", node_hash, 0, (1 << 64) - 1)
+        within("node_hash", node_hash, 0, (1 << 64) - 1)
         if len(self._rows) == MAX_NODES:
             raise OverflowError(f"at most {MAX_NODES} nodes")
         slot = self._freed.pop() if self._freed else len(self._rows)
@@ -64,6 +68,7 @@ class NodeTable:
 
     def remove_node(self, slot: int) -> None:
         """Remove a node and all that was set for it; counters stay as they are. Its slot may be given out again."""
+        _at("slot", self._rows, slot)
         del self._rows[slot]
         self._freed.append(slot)
         for members in self._classes.values():
@@ -90,17 +95,17 @@ class NodeTable:
         the host; free (-MAX_AMOUNT..total) is what is left of it, below 0 where more is reserved. ``bits`` are
         0..2**31 - 1, ``load`` the measured load in permille (0..1000, -1 unknown), ``penalty`` 0..1000.
         """
-        node_hash = self._rows[slot].node_hash
+        node_hash = self.node(slot).node_hash
         for name, total, free in (
             ("cpu", cpu_total, cpu_free),
             ("memory", memory_total, memory_free),
             ("disk", disk_total, disk_free),
         ):
-            _check(f"{name}_total", total, 0, MAX_AMOUNT)
-            _check(f"{name}_free", free, -MAX_AMOUNT, total)
-        _check("bits", bits, 0, (1 << 31) - 1)
-        _check("load", load, UNKNOWN_LOAD, 1000)
-        _check("penalty", penalty, 0, 1000)
+            within(f"{name}_total", total, 0, MAX_AMOUNT)
+            within(f"{name}_free", free, -MAX_AMOUNT, total)
+        within("bits", bits, 0, (1 << 31) - 1)
+        within("load", load, UNKNOWN_LOAD, 1000)
+        within("penalty", penalty, 0, 1000)
         self._rows[slot] = NodeRow(
             node_hash,
             cpu_total,
@@ -116,20 +121,22 @@ class NodeTable:
 
     def adjust(self, slot: int, cpu: int, memory: int, disk: int) -> None:
         """Add to what is free on a node: below 0 reserves, above 0 releases. No check that a reservation fits."""
-        row = self._rows[slot]
+        row = self.node(slot)
+        for name, amount in (("cpu", cpu), ("memory", memory), ("disk", disk)):
+            within(name, amount, -2 * MAX_AMOUNT, 2 * MAX_AMOUNT)
         changed = row._replace(
             cpu_free=row.cpu_free + cpu,
             memory_free=row.memory_free + memory,
             disk_free=row.disk_free + disk,
         )
-        _check("cpu_free", changed.cpu_free, -MAX_AMOUNT, row.cpu_total)
-        _check("memory_free", changed.memory_free, -MAX_AMOUNT, row.memory_total)
-        _check("disk_free", changed.disk_free, -MAX_AMOUNT, row.disk_total)
+        within("cpu_free", changed.cpu_free, -MAX_AMOUNT, row.cpu_total)
+        within("memory_free", changed.memory_free, -MAX_AMOUNT, row.memory_total)
+        within("disk_free", changed.disk_free, -MAX_AMOUNT, row.disk_total)
         self._rows[slot] = changed
 
     def node(self, slot: int) -> NodeRow:
         """A node's columns."""
-        return self._rows[slot]
+        return _at("slot", self._rows, slot)
 
     # Classes and preferences
 
@@ -140,11 +147,12 @@ class NodeTable:
 
     def drop_class(self, class_id: int) -> None:
         """Forget a class."""
+        _at("id", self._classes, class_id)
         del self._classes[class_id]
 
     def set_class(self, class_id: int, slot: int, value: bool) -> None:
         """Say whether a node is in a class."""
-        members = self._classes[class_id]
+        members = _at("id", self._classes, class_id)
         self.node(slot)
         if value:
             members.add(slot)
@@ -154,7 +162,7 @@ class NodeTable:
     def class_value(self, class_id: int, slot: int) -> bool:
         """Whether a node is in a class."""
         self.node(slot)
-        return slot in self._classes[class_id]
+        return slot in _at("id", self._classes, class_id)
 
     def classes(self) -> list[int]:
         """Ids of the classes there are, in ascending order."""
@@ -167,18 +175,19 @@ class NodeTable:
 
     def drop_preference(self, preference: int) -> None:
         """Forget a preference column."""
+        _at("id", self._preferences, preference)
         del self._preferences[preference]
 
     def set_preference(self, preference: int, slot: int, value: int) -> None:
         """Rate a node, 0 (worst) to 1000 (best)."""
-        column = self._preferences[preference]
+        column = _at("id", self._preferences, preference)
         self.node(slot)
-        column[slot] = _check("value", value, 0, 1000)
+        column[slot] = within("value", value, 0, 1000)
 
     def preference_value(self, preference: int, slot: int) -> int:
         """A node's rating."""
         self.node(slot)
-        return self._preferences[preference].get(slot, 0)
+        return _at("id", self._preferences, preference).get(slot, 0)
 
     # Groups of domains, and counters
 
@@ -191,43 +200,45 @@ class NodeTable:
 
     def drop_group(self, group: int) -> None:
         """Forget a group and its counters."""
+        _at("id", self._groups, group)
         del self._groups[group]
         self._counters = {one: counter for one, counter in self._counters.items() if counter[0] != group}
 
     def set_domain(self, group: int, slot: int, domain: int) -> None:
         """Say which domain of a group a node is in (0..MAX_DOMAINS - 1; -1 none). Counts stay with the domains."""
-        domains = self._groups[group]
+        domains = _at("id", self._groups, group)
         self.node(slot)
-        domains[slot] = _check("domain", domain, -1, MAX_DOMAINS - 1)
+        domains[slot] = within("domain", domain, -1, MAX_DOMAINS - 1)
 
     def domain(self, group: int, slot: int) -> int:
         """The domain of a group that a node is in; -1 for none."""
         self.node(slot)
-        return self._groups[group].get(slot, -1)
+        return _at("id", self._groups, group).get(slot, -1)
 
     def add_counter(self, group: int) -> int:
         """Add a counter, 0 in every domain of a group; returns its id."""
-        self._groups[group]
+        _at("id", self._groups, group)
         self._counters[self._new_id()] = (group, {})
         return self._last_id
 
     def drop_counter(self, counter: int) -> None:
         """Forget a counter."""
+        _at("id", self._counters, counter)
         del self._counters[counter]
 
     def add_count(self, counter: int, domain: int, delta: int) -> None:
         """Add to the count of a domain (0..MAX_DOMAINS - 1). ValueError where it would leave 0..MAX_AMOUNT."""
-        _, counts = self._counters[counter]
-        _check("domain", domain, 0, MAX_DOMAINS - 1)
-        counts[domain] = _check("count", counts.get(domain, 0) + delta, 0, MAX_AMOUNT)
+        _, counts = _at("id", self._counters, counter)
+        within("domain", domain, 0, MAX_DOMAINS - 1)
+        counts[domain] = within("count", counts.get(domain, 0) + delta, 0, MAX_AMOUNT)
 
     def count(self, counter: int, domain: int) -> int:
         """The count of a domain; 0 where nothing was ever added."""
-        return self._counters[counter][1].get(domain, 0)
+        return _at("id", self._counters, counter)[1].get(domain, 0)
 
     def count_near(self, counter: int, slot: int) -> int | None:
         """The count of the domain that a node is in; None where it has no domain in the counter's group."""
-        group, counts = self._counters[counter]
+        group, counts = _at("id", self._counters, counter)
         domain = self.domain(group, slot)
         return None if domain == -1 else counts.get(domain, 0)
 
@@ -235,6 +246,7 @@ class NodeTable:
 
     def explain(self, request: Request, slot: int) -> Judgement:
         """All checks that a node fails and all parts of its score; see :class:`._rules.Judgement`."""
+        _check_type(request)
         return explain(self, request, slot)
 
     def pick(self, request: Request, seed: int = 0) -> tuple[int, int] | None:
@@ -247,8 +259,8 @@ class NodeTable:
 
     def top(self, request: Request, count: int, seed: int = 0) -> list[tuple[int, int]]:
         """The ``count`` best nodes (fewer where fewer pass; any number for all) as (slot, score), best first."""
-        _check("seed", seed, 0, (1 << 64) - 1)
-        _check("count", count, 0, None)
+        within("seed", seed, 0, (1 << 64) - 1)
+        within("count", count, 0, MAX_COUNT)
         self._check_ids(request)
         passed: list[tuple[tuple[int, tuple[int, int], int], tuple[int, int]]] = []
         for slot, row in self._rows.items():
@@ -263,12 +275,16 @@ class NodeTable:
 
         ValueError where there are not as many seeds as requests.
         """
+        self._check_all(requests, seeds)
         return [self.pick(request, seed) for request, seed in zip(requests, seeds, strict=True)]
 
     # Placing
 
     def place(self, request: Request, seed: int = 0) -> tuple[int, int] | None:
-        """``pick``, and reserve there: resources, and 1 more in each counter of ``adds``. See :meth:`unplace`."""
+        """``pick``, and reserve there: resources, and 1 more in each counter of ``adds``. See :meth:`unplace`.
+
+        ValueError where a count would exceed MAX_AMOUNT: nothing is reserved then.
+        """
         found = self.pick(request, seed)
         if found is not None:
             self._reserve(request, found[0], 1)
@@ -282,25 +298,37 @@ class NodeTable:
     def place_many(self, requests: Sequence[Request], seeds: Sequence[int]) -> list[tuple[int, int] | None]:
         """``place`` of each request in turn, each seeing those before it; None for each that does not fit.
 
-        ValueError where there are not as many seeds as requests, KeyError for a dropped id: nothing is placed then.
+        ValueError where there are not as many seeds as requests or a count would exceed MAX_AMOUNT, KeyError for a
+        dropped id: nothing is placed then.
         """
-        if len(requests) != len(seeds):
-            raise ValueError(f"{len(requests)} requests, {len(seeds)} seeds")
-        for request in requests:
-            self._check_ids(request)
-        for seed in seeds:
-            _check("seed", seed, 0, (1 << 64) - 1)
-        return [self.place(request, seed) for request, seed in zip(requests, seeds, strict=True)]
+        self._check_all(requests, seeds)
+        placed: list[tuple[int, int] | None] = []
+        try:
+            for request, seed in zip(requests, seeds, strict=True):
+                placed.append(self.place(request, seed))
+        except ValueError:
+            for request, found in zip(requests, placed, strict=False):
+                if found is not None:
+                    self._reserve(request, found[0], -1)
+            raise
+        return placed
 
     def place_batch(self, request: Request, count: int, seed: int = 0) -> list[tuple[int, int]]:
-        """``place`` the same request ``count`` times with the same seed; ends early where no more fit."""
-        _check("count", count, 0, None)
+        """``place`` the same request ``count`` times with the same seed; ends early where no more fit.
+
+        ValueError where a count would exceed MAX_AMOUNT: nothing is placed then.
+        """
+        within("seed", seed, 0, (1 << 64) - 1)
+        within("count", count, 0, MAX_COUNT)
+        self._check_ids(request)
         placed: list[tuple[int, int]] = []
-        while len(placed) < count:
-            found = self.place(request, seed)
-            if found is None:
-                break
-            placed.append(found)
+        try:
+            while len(placed) < count and (found := self.place(request, seed)):
+                placed.append(found)
+        except ValueError:
+            for slot, _ in placed:
+                self._reserve(request, slot, -1)
+            raise
         return placed
 
     def capacity(self, request: Request, limit: int) -> list[tuple[int, int]]:
@@ -311,7 +339,7 @@ class NodeTable:
         allow, in the order of slots. Else the answer is what ``place_batch(request, limit)`` would do, with seed 0.
         Changes nothing.
         """
-        _check("limit", limit, 0, None)
+        within("limit", limit, 0, MAX_COUNT)
         self._check_ids(request)
         if set(request.adds) & {*request.affinity, *request.anti_affinity}:
             placed = self.place_batch(request, limit)
@@ -343,12 +371,21 @@ class NodeTable:
             if domain != -1:
                 counts[one, domain] = counts.get((one, domain), 0) + times
         for (one, domain), delta in counts.items():
-            _check("count", self.count(one, domain) + delta, 0, MAX_AMOUNT)
+            within("count", self.count(one, domain) + delta, 0, MAX_AMOUNT)
         self.adjust(slot, -times * request.cpu, -times * request.memory, -times * request.disk)
         for (one, domain), delta in counts.items():
             self.add_count(one, domain, delta)
 
+    def _check_all(self, requests: Sequence[Request], seeds: Sequence[int]) -> None:
+        if len(requests) != len(seeds):
+            raise ValueError(f"{len(requests)} requests, {len(seeds)} seeds")
+        for request, seed in zip(requests, seeds, strict=True):
+            _check_type(request)
+            within("seed", seed, 0, (1 << 64) - 1)
+            self._check_ids(request)
+
     def _check_ids(self, request: Request) -> None:
+        _check_type(request)
         for ids, known in (
             (request.classes, self._classes),
             ([one for one, _ in request.preferences], self._preferences),
@@ -366,7 +403,13 @@ class NodeTable:
         return self._last_id
 
 
-def _check(name: str, value: int, low: int, high: int | None) -> int:
-    if value < low or (high is not None and value > high):
-        raise ValueError(f"{name} must be {low}..{'' if high is None else high}, not {value}")
-    return value
+def _at(what: str, known: Mapping[int, _Value], key: int) -> _Value:
+    """What is known under a slot or an id: TypeError where it is no integer, KeyError where there is none."""
+    if not isinstance(key, int):
+        raise TypeError(f"{what} must be an integer, not {type(key).__name__}")
+    return known[key]
+
+
+def _check_type(request: Request) -> None:
+    if not isinstance(request, Request):
+        raise TypeError(f"a request must be a Request, not {type(request).__name__}")

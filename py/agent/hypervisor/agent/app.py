@@ -5,6 +5,7 @@ import random
 import resource
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 
 import structlog
 
@@ -23,6 +24,8 @@ from hypervisor.agent.drivers.instances import LocalInstances
 from hypervisor.agent.drivers.manager import Manager
 from hypervisor.agent.drivers.observed import ObservationBook
 from hypervisor.agent.drivers.registry import DriverContext, Drivers, make_drivers
+from hypervisor.agent.images.cache import ImageCache
+from hypervisor.agent.images.providing import NoImages
 from hypervisor.agent.journal import Journal
 from hypervisor.agent.metrics.http import MetricsServer
 from hypervisor.agent.metrics.node import NodeMetrics
@@ -30,13 +33,21 @@ from hypervisor.agent.registration import Membership
 from hypervisor.agent.reporter import Reporter
 from hypervisor.agent.resources import FixedResources, MeasuredResources, ResourceSource
 from hypervisor.agent.stats.service import StatsService
+from hypervisor.core.blobs import BlobDirectory
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import HypervisorError
 from hypervisor.core.ids import IdSource
 from hypervisor.core.model import Observation
 from hypervisor.core.resources import Resources
+from hypervisor.core.settings import split_address
 from hypervisor.core.taints import parse_taint
-from hypervisor.core.tls import channel_credentials, server_credentials, server_ssl_context
+from hypervisor.core.tls import (
+    channel_credentials,
+    client_ssl_context,
+    server_credentials,
+    server_ssl_context,
+)
+from hypervisor.wire.image_http import BlobFetcher, fetch_session, tokens_for_known_hosts
 
 __all__ = ["run_agent"]
 
@@ -124,7 +135,10 @@ async def run_agent(
         stack.push_async_callback(link.aclose)
         made = drivers or _make_drivers(settings, clock=clock, rng=rng, new_id=new_id)
         stack.push_async_callback(_close_drivers, made)
-        agent = _Agent(settings, node=node, made=made, journal=journal, link=link, clock=clock, rng=rng)
+        fetcher = await stack.enter_async_context(_fetcher(settings, clock=clock, rng=rng))
+        agent = _Agent(
+            settings, node=node, made=made, journal=journal, link=link, fetcher=fetcher, clock=clock, rng=rng
+        )
         await agent.run(server, stop=stop)
 
 
@@ -137,12 +151,14 @@ class _Agent:
         made: Drivers,
         journal: Journal,
         link: GrpcClusterLink,
+        fetcher: BlobFetcher,
         clock: Clock,
         rng: random.Random,
     ) -> None:
         self._settings = settings
         self._node = node
         self._registered = asyncio.Event()
+        self._adoption_done = False
         self._resources = _resources(settings, simulated=node.simulated)
         self._health = DriverHealth(
             made.offered, missing=made.missing, clock=clock, poll_s=settings.drivers.health_interval
@@ -180,7 +196,20 @@ class _Agent:
             clock=clock,
             listener=_Listener(consoles=self._consoles, reporter=self._reporter, stats=self._stats),
         )
-        self._manager = Manager(instances=instances, drivers=self._health, clock=clock, rng=rng)
+        self._images = ImageCache(
+            BlobDirectory(_image_dir(settings)),
+            fetcher,
+            limit_bytes=settings.images.cache_bytes,
+            clock=clock,
+            known=self._certainly_known,
+        )
+        self._manager = Manager(
+            instances=instances,
+            drivers=self._health,
+            clock=clock,
+            rng=rng,
+            images=NoImages() if node.simulated else self._images,
+        )
         self._membership = Membership(
             node,
             link=link,
@@ -192,6 +221,7 @@ class _Agent:
             rng=rng,
             registered=self._registered,
             default_interval_s=DEFAULT_HEARTBEAT_S,
+            images=lambda: self._images.digests,
         )
         self._health.on_change(lambda _name: self._reporter.drivers(self._health.infos()))
 
@@ -211,7 +241,10 @@ class _Agent:
                 group.create_task(self._stats.run()),
                 group.create_task(self._manager.run()),
             ]
+            if not self._node.simulated:
+                tasks.append(group.create_task(self._images.run()))
             if await self._adopted(stop):
+                self._adoption_done = True
                 await self._consoles.retain(self._manager.known())
                 async with self._metrics_served(), server:
                     tasks += [
@@ -231,6 +264,11 @@ class _Agent:
             for task in tasks:
                 task.cancel()
         _log.info("agent_stopped", node_id=self._node.id)
+
+    def _certainly_known(self) -> frozenset[str] | None:
+        """All instances of the node; None while a driver that may have more has not told of them."""
+        told = self._adoption_done and all(self._health.available(name) for name in self._health.names)
+        return self._manager.known() if told else None
 
     @asynccontextmanager
     async def _metrics_served(self) -> AsyncIterator[None]:
@@ -288,6 +326,29 @@ def _make_drivers(settings: AgentSettings, *, clock: Clock, rng: random.Random, 
         query_s=settings.drivers.query_timeout,
     )
     return make_drivers(settings.drivers.enabled, context, deadlines=deadlines)
+
+
+def _image_dir(settings: AgentSettings) -> Path:
+    """Where fetched images are."""
+    return settings.images.cache_dir or settings.agent.data_dir / "images"
+
+
+@asynccontextmanager
+async def _fetcher(
+    settings: AgentSettings, *, clock: Clock, rng: random.Random
+) -> AsyncIterator[BlobFetcher]:
+    """What brings images from the servers: as the agent shows itself to their API."""
+    tls = settings.client_tls()
+    token = settings.agent.token.get_secret_value()
+    hosts = [split_address(address)[0] for address in settings.agent.server_address]
+    async with fetch_session(None if tls is None else client_ssl_context(tls)) as session:
+        yield BlobFetcher(
+            BlobDirectory(_image_dir(settings)),
+            session,
+            clock=clock,
+            rng=rng,
+            token_for=tokens_for_known_hosts(token, hosts),
+        )
 
 
 def _console_launcher(settings: AgentSettings, *, simulated: bool) -> Launcher:

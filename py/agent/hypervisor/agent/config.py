@@ -286,6 +286,17 @@ class ImagesSection(Section):
         default=(),
         description="Directories from which `oci-archive:` images may be imported. None: importing is refused.",
     )
+    cache_dir: Path | None = pydantic.Field(
+        default=None,
+        description="Directory for images fetched from the servers, this agent's alone. Default: `images` in "
+        "`agent.data_dir`. Where QEMU runs as another user, that user has to reach it.",
+    )
+    cache_bytes: ByteSize = pydantic.Field(
+        default=64 << 30,
+        ge=0,
+        description="Most that they take together; those that no instance uses go first, the longest unused first. "
+        "0: as much as the disk holds.",
+    )
 
 
 class SimulatedSection(Section):
@@ -342,6 +353,7 @@ class AgentSettings(Settings):
             "store",
             "etcd",
             "heartbeat",
+            "image_store",
             "scheduler",
             "operations",
             "agents",

@@ -20,9 +20,9 @@ from hypervisor.agent.console_attachment import Attachment
 from hypervisor.agent.console_holder.client import HolderClient
 from hypervisor.agent.console_holder.protocol import ConsoleState
 from hypervisor.agent.console_items import Data, End, Ended
-from hypervisor.agent.console_link import CHUNK_BYTES, ConsoleLink
+from hypervisor.agent.console_link import CHUNK_BYTES, MESSAGE_BYTES, ConsoleLink
 from hypervisor.agent.console_sizes import ConsoleSizes
-from hypervisor.agent.console_viewer import Viewer
+from hypervisor.agent.console_viewer import OWN_WINDOW_BYTES, Viewer
 from hypervisor.agent.drivers.driver import Console
 from hypervisor.core.clock import Clock
 from hypervisor.core.consoles import (
@@ -132,6 +132,7 @@ class ConsoleHub:
             read_only=options.read_only,
             resizable=attachment.console.resizable,
             window_bytes=options.window_bytes,
+            message_bytes=MESSAGE_BYTES,
         )
         self._viewers.add(viewer)
         if self._ending is not None:
@@ -156,7 +157,7 @@ class ConsoleHub:
             if piece is None:
                 break
             data = piece.data[: state.end - piece.position]
-            yield LogPiece(piece.position, data, piece.position - asked)
+            yield LogPiece(piece.position, bytes(data), piece.position - asked)
             position = asked = piece.position + len(data)
         if options.follow and self._runs and self._ending is None:
             async for followed in self._follow(position):
@@ -204,18 +205,19 @@ class ConsoleHub:
         reply = await self._holder.read(self.instance_id, position, CHUNK_BYTES)
         return Data(reply.data, reply.position) if reply.data else None
 
-    async def link(self, wake: asyncio.Event, *, position: int, credit: int) -> ConsoleLink:
+    async def link(self, *, position: int, credit: int) -> ConsoleLink:
         """A connection to the output. FailedPrecondition (``NOT_RUNNING``), Unavailable."""
         while True:
             await self._attached()
             ours, theirs = socket.socketpair()
             try:
                 with theirs:
+                    # Else the holder would wait for the socket to be nearly empty before it sends more.
+                    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, OWN_WINDOW_BYTES)
                     await self._holder.view(
                         self.instance_id, theirs, position=position, read_only=True, credit=credit
                     )
-                ours.setblocking(False)
-                return await ConsoleLink.connected(ours, wake)
+                return ConsoleLink(ours)
             except HypervisorError as exc:
                 ours.close()
                 if exc.reason not in ("CONSOLE_UNAVAILABLE", "CONSOLE_NOT_FOUND"):
@@ -365,7 +367,7 @@ class ConsoleHub:
             async for item in viewer.output():
                 match item:
                     case Data():
-                        yield LogPiece(item.position, item.data, skipped)
+                        yield LogPiece(item.position, bytes(item.data), skipped)
                         skipped = 0
                     case Ended():
                         return

@@ -16,9 +16,9 @@ class End(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """Output of the instance, at most 64 KiB, from ``position`` on."""
+    """Output of the instance from ``position`` on; how much at most is its viewer's to say."""
 
-    data: bytes
+    data: bytes | memoryview
     position: int = field(default=0, compare=False)
 
 

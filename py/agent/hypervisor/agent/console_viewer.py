@@ -36,7 +36,7 @@ class ViewerSource(Protocol):
         """Kept output from ``position`` on; None at the end."""
         ...
 
-    async def link(self, wake: asyncio.Event, *, position: int, credit: int) -> ConsoleLink:
+    async def link(self, *, position: int, credit: int) -> ConsoleLink:
         """A connection to the output from ``position`` on. FailedPrecondition (``NOT_RUNNING``), Unavailable."""
         ...
 
@@ -61,17 +61,21 @@ class Viewer:
         read_only: bool,
         resizable: bool,
         window_bytes: int = 0,
+        message_bytes: int = CHUNK_BYTES,
     ) -> None:
         self._source = source
         self._position = position
         self._read_only = read_only
         self._window_bytes = window_bytes
+        self._message_bytes = message_bytes
         self._credit = window_bytes or OWN_WINDOW_BYTES
         self._ended: Ended | None = None
         self._error: HypervisorError | None = None
         self._link: ConsoleLink | None = None
         self._wake = asyncio.Event()
         self._gathers = False
+        self._took = 0
+        """Bytes taken since credit was granted last, by one that grants none itself."""
         self.position = position
         """Where its output begins."""
         self.replay_bytes = end - position
@@ -81,8 +85,8 @@ class Viewer:
 
     @property
     def waiting_bytes(self) -> int:
-        """Output that it holds in memory."""
-        return 0 if self._link is None else self._link.waiting_bytes
+        """Output on its way to it: read from the holder or to be read."""
+        return 0 if self._link is None else self._link.waiting_bytes + self._link.unread_bytes
 
     def end(self, ended: Ended) -> None:
         """Let it go once it has seen what is there; the first reason counts."""
@@ -125,7 +129,7 @@ class Viewer:
                         yield item
                     break
                 continue
-            await self._gather()
+            await self._gather(self._link)
             piece = self._link.take()
             if isinstance(piece, Skipped):
                 self._position += piece.count
@@ -134,7 +138,10 @@ class Viewer:
                 self._take(piece)
                 yield piece
                 if not self._window_bytes:
-                    self._allow(len(piece.data))
+                    self._took += len(piece.data)
+                    if self._took >= OWN_WINDOW_BYTES // 2:
+                        self._allow(self._took)
+                        self._took = 0
             elif self._link.ended or self._leaves_now:
                 break
             elif self._link.lost:
@@ -142,7 +149,7 @@ class Viewer:
                 if self._ended is None:
                     yield self._notice()
             else:
-                await self._wake.wait()
+                await self._link.news(self._wake)
         yield self._ended or Ended(End.DETACHED)
 
     async def write(self, data: bytes) -> None:
@@ -201,9 +208,7 @@ class Viewer:
         """Connect; None when the instance has ended meanwhile, and all it printed was seen."""
         if self._ended is None:
             try:
-                self._link = await self._source.link(
-                    self._wake, position=self._position, credit=max(0, self._credit)
-                )
+                self._link = await self._source.link(position=self._position, credit=max(0, self._credit))
             except FailedPrecondition:
                 # It has ended: the hub is about to say so, or has.
                 while self._ended is None and self._error is None:
@@ -211,21 +216,24 @@ class Viewer:
                     self._wake.clear()
         return self._link
 
-    async def _gather(self) -> None:
-        """After a large piece, wait a moment for the next to be large as well: messages cost more than bytes."""
-        link = self._link
-        if not self._gathers or link is None or not link.waiting_bytes:
-            self._gathers = False
+    async def _gather(self, link: ConsoleLink) -> None:
+        """Read what is there. After a large piece, wait a moment for the next to be large as well: messages cost more
+        than bytes."""
+        link.fill(self._message_bytes)
+        if not link.waiting_bytes or not self._gathers or self._is_enough(link):
             return
         try:
             async with asyncio.timeout(_GATHER_S):
-                while not (
-                    link.is_full or link.waiting_bytes >= self._credit or self._leaves_now or self._error
-                ):
+                while not self._is_enough(link):
                     self._wake.clear()
-                    await self._wake.wait()
+                    await link.news(self._wake)
+                    link.fill(self._message_bytes)
         except TimeoutError:
             return
+
+    def _is_enough(self, link: ConsoleLink) -> bool:
+        waiting = link.waiting_bytes
+        return link.is_full or waiting >= self._credit or self._leaves_now or self._error is not None
 
     def _take(self, item: Data) -> None:
         self._position = item.position + len(item.data)

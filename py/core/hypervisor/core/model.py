@@ -48,6 +48,7 @@ __all__ = [
     "PlacementRecord",
     "Pressure",
     "ScorePart",
+    "Sizes",
     "SpreadTerm",
     "Taint",
     "Toleration",
@@ -171,6 +172,17 @@ class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         )
 
 
+class Sizes(msgspec.Struct, frozen=True, kw_only=True):
+    """How much of a node an instance has that can be changed while it is there."""
+
+    cpu_millis: int
+    memory_mb: int
+
+    def of(self, spec: InstanceSpec) -> InstanceSpec:
+        """The specification with these sizes."""
+        return msgspec.structs.replace(spec, cpu_millis=self.cpu_millis, memory_mb=self.memory_mb)
+
+
 class Instance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The record of one instance. ``resource_version`` is not stored: it is the store's ``mod_revision``."""
 
@@ -199,7 +211,17 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     transition_deadline: datetime | None = None
     """Past it the reconciler re-drives a transitional state."""
     placement: PlacementRecord | None = None
+    resizing: Sizes | None = None
+    """What it is being given in place of what ``spec`` says, or may have got when nobody could tell any more."""
+    images: dict[str, str] = {}
+    """The images that ``spec`` names: their ids by name, as they were when it was created."""
     v: int = SCHEMA_VERSION
+
+    @property
+    def holds(self) -> Resources:
+        """What is reserved for it on its node: while its size changes, the larger of both."""
+        held = self.spec.resources
+        return held if self.resizing is None else held.at_least(self.resizing.of(self.spec).resources)
 
 
 class Pressure(msgspec.Struct, frozen=True, kw_only=True):
@@ -423,6 +445,8 @@ class OperationRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     snapshot: str = ""
     """Of what is done with a snapshot: its name, likewise kept."""
     snapshot_kind: SnapshotKind = SnapshotKind.FULL
+    sizes: Sizes | None = None
+    """Of an update: what the instance is to have, likewise kept."""
     v: int = SCHEMA_VERSION
 
     @property

@@ -39,6 +39,14 @@ class Resources(msgspec.Struct, frozen=True, kw_only=True):
             disk_bytes=self.disk_bytes - other.disk_bytes,
         )
 
+    def at_least(self, other: "Resources") -> "Resources":
+        """The larger of each amount."""
+        return Resources(
+            cpu_millis=max(self.cpu_millis, other.cpu_millis),
+            memory_bytes=max(self.memory_bytes, other.memory_bytes),
+            disk_bytes=max(self.disk_bytes, other.disk_bytes),
+        )
+
     def fits_in(self, free: "Resources") -> bool:
         """Whether every amount is at most that of ``free``."""
         return (

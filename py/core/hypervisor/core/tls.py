@@ -18,6 +18,7 @@ __all__ = [
     "ClientTls",
     "ServerTls",
     "channel_credentials",
+    "client_ssl_context",
     "server_credentials",
     "server_ssl_context",
 ]
@@ -151,3 +152,13 @@ def channel_credentials(tls: ClientTls) -> grpc.ChannelCredentials:
         return grpc.ssl_channel_credentials(root_certificates=roots)
     key, cert = _pair(tls.cert_file, tls.key_file)
     return grpc.ssl_channel_credentials(root_certificates=roots, private_key=key, certificate_chain=cert)
+
+
+def client_ssl_context(tls: ClientTls) -> ssl.SSLContext:
+    """The same for an HTTP client: TLS 1.2 or newer, the server's name verified."""
+    channel_credentials(tls)
+    context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=tls.ca_file)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if tls.cert_file is not None and tls.key_file is not None:
+        context.load_cert_chain(tls.cert_file, tls.key_file)
+    return context

@@ -37,6 +37,13 @@ def _known(invocation: Invocation, kind: str, incomplete: str) -> list[str]:
         wanted = ListInstancesRequest(page_size=_MOST, filter=f"name={incomplete}*" if incomplete else "")
         instances = session.read(session.compute.ListInstances, wanted, deadline=deadline).instances
         return [item.name for item in instances]
+    if kind == "image":
+        from hypervisor.v1.image_pb2 import ListImagesRequest
+
+        asked = ListImagesRequest(page_size=_MOST, filter=f"name={incomplete}*" if incomplete else "")
+        return [
+            item.name for item in session.read(session.images.ListImages, asked, deadline=deadline).images
+        ]
     if kind == "node":
         from hypervisor.v1.cluster_pb2 import ListNodesRequest
 

@@ -57,6 +57,8 @@ _ADVICE: Mapping[str, str] = {
     "RESOURCE_VERSION_MISMATCH": "it changed meanwhile: look at it again and repeat the command",
     "NO_NODE_FITS": "ask for less, free something ('hypervisor-ctl node list -o wide' shows what is free), or add "
     "a node",
+    "NODE_FULL": "ask for less, or make a larger one on another node",
+    "UPDATE_REFUSED": "stop it, update it, and start it again",
     "NODE_HAS_INSTANCES": "delete its instances first ('hypervisor-ctl instance list --node NODE')",
     "NODE_READY": "stop its agent first",
     "UNAUTHENTICATED": "give a token: --token, HYPERVISOR_TOKEN or 'hypervisor-ctl context set NAME --token-file "

@@ -77,7 +77,7 @@ if [ -e /sys/class/net/eth0 ]; then
   ip link set eth0 up
 fi
 [ ! -e /dev/input/event0 ] || acpid -l /dev/null -p /run/acpid.pid
-# The shell would ask a terminal of no size for its cursor, again and again.
+# A serial line has no size, and programs that draw want one.
 stty rows 24 cols 80
 echo READY
 if [ -n "$GUEST_RUN" ]; then

@@ -66,7 +66,7 @@ DURATION = Duration()
 
 
 def NAME(kind: str) -> Name:  # noqa: N802  # stands where click has INT and STRING
-    """The type of an argument that names an ``instance``, ``node``, ``operation`` or ``context``."""
+    """The type of an argument that names an ``instance``, ``image``, ``node``, ``operation`` or ``context``."""
     return Name(kind)
 
 
@@ -220,5 +220,9 @@ def waiting(command: F) -> F:
 def project_option(command: F) -> F:
     """``--project``."""
     return click.option(
-        "-p", "--project", metavar="PROJECT", default="", help="Project of the instance. Default: 'default'."
+        "-p",
+        "--project",
+        metavar="PROJECT",
+        default="",
+        help="Project of the instance or image. Default: 'default'.",
     )(command)

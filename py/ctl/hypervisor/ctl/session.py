@@ -20,6 +20,7 @@ from hypervisor.ctl.settings import Connection
 if TYPE_CHECKING:
     from hypervisor.v1.cluster_pb2_grpc import ClusterServiceStub
     from hypervisor.v1.compute_pb2_grpc import ComputeServiceStub
+    from hypervisor.v1.image_pb2_grpc import ImageServiceStub
     from hypervisor.v1.operation_pb2_grpc import OperationServiceStub
 
 __all__ = ["READ_TIMEOUT_S", "Deadline", "Session", "open_channel", "translated", "was_never_sent"]
@@ -106,6 +107,13 @@ class Session:
         from hypervisor.v1.operation_pb2_grpc import OperationServiceStub
 
         return OperationServiceStub(self.channel)
+
+    @cached_property
+    def images(self) -> "ImageServiceStub":
+        """Images."""
+        from hypervisor.v1.image_pb2_grpc import ImageServiceStub
+
+        return ImageServiceStub(self.channel)
 
     @property
     def server(self) -> str:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from hypervisor.core.consoles import ConsoleOptions, LogOptions, LogPiece
+from hypervisor.core.images import ImageSource
 from hypervisor.core.machines import Snapshot, SnapshotKind
-from hypervisor.core.model import Instance, InstanceStats, Node, Observation
+from hypervisor.core.model import Instance, InstanceStats, Node, Observation, Sizes
 from hypervisor.server.services import ConsoleSession
 
 __all__ = [
@@ -44,9 +45,11 @@ class ConsoleOpened:
 
 @dataclass(frozen=True, slots=True)
 class ConsoleData:
-    """Bytes from the instance."""
+    """Bytes from the instance. ``message``: the ConsoleOutput they came in, encoded, where there is nothing else in it:
+    it can be passed on as it is."""
 
-    data: bytes
+    data: bytes | memoryview
+    message: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +83,11 @@ class Agent(Protocol):
     off, so that whether it was carried out is unknown; ``DeadlineExceeded`` after ``context.timeout_s``.
     """
 
-    async def create(self, instance: Instance, context: CallContext, *, start: bool) -> Observation:
-        """Make it and, with ``start``, start it. When it fails nothing of it is left on the node."""
+    async def create(
+        self, instance: Instance, context: CallContext, *, start: bool, images: tuple[ImageSource, ...] = ()
+    ) -> Observation:
+        """Make it of ``images`` (those its spec names) and, with ``start``, start it. When it fails nothing of it is
+        left on the node."""
         ...
 
     async def start(self, instance: Instance, context: CallContext) -> Observation:
@@ -98,6 +104,11 @@ class Agent(Protocol):
 
     async def delete(self, instance: Instance, context: CallContext, *, grace_s: float) -> bool:
         """Remove it and all it used; returns whether there was anything."""
+        ...
+
+    async def update(self, instance: Instance, context: CallContext, *, sizes: Sizes) -> Observation:
+        """Give it more or less of its node. ``FailedPrecondition`` (``UPDATE_REFUSED``) where that cannot be done while
+        it runs; nothing has changed then."""
         ...
 
     async def pause(self, instance: Instance, context: CallContext) -> Observation:

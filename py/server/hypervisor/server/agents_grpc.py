@@ -12,12 +12,16 @@ from hypervisor.agent.v1 import agent_pb2, agent_pb2_grpc
 from hypervisor.core.consoles import ConsoleOptions, LogOptions, LogPiece
 from hypervisor.core.errors import HypervisorError, Internal, Unavailable
 from hypervisor.core.grpc_errors import from_rpc_error
+from hypervisor.core.images import ImageSource
 from hypervisor.core.machines import Snapshot, SnapshotKind
-from hypervisor.core.model import Instance, InstanceStats, Node, Observation
+from hypervisor.core.model import Instance, InstanceStats, Node, Observation, Sizes
+from hypervisor.core.resources import cores
 from hypervisor.server.agents import CallContext
-from hypervisor.server.agents_console import AgentConsole, open_console
+from hypervisor.server.agents_console import AgentConsole, attach_method, open_console
 from hypervisor.wire.consoles import log_options_to_wire, log_piece_from_wire
 from hypervisor.wire.enums import INSTANCE_TYPE, SNAPSHOT_KIND
+from hypervisor.wire.flow import STREAM_OPTIONS
+from hypervisor.wire.images import source_to_wire
 from hypervisor.wire.instances import observation_from_wire, spec_to_wire
 from hypervisor.wire.machines import snapshot_from_wire
 from hypervisor.wire.stats import stats_from_wire
@@ -41,6 +45,7 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_reconnect_backoff_ms", 5_000),
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.use_local_subchannel_pool", 1),
+    *STREAM_OPTIONS,
 )
 
 
@@ -49,10 +54,13 @@ class GrpcAgent:
 
     def __init__(self, channel: grpc.aio.Channel, *, hostname: str, address: str) -> None:
         self._stub: AgentServiceAsyncStub = agent_pb2_grpc.AgentServiceStub(channel)
+        self._attach_console = attach_method(channel)
         self._peer = f"the agent of node {hostname} at {address}"
         self._hostname = hostname
 
-    async def create(self, instance: Instance, context: CallContext, *, start: bool) -> Observation:
+    async def create(
+        self, instance: Instance, context: CallContext, *, start: bool, images: tuple[ImageSource, ...] = ()
+    ) -> Observation:
         reply = await self._call(
             self._stub.CreateInstance,
             agent_pb2.CreateInstanceRequest(
@@ -63,6 +71,7 @@ class GrpcAgent:
                 spec=spec_to_wire(instance.spec),
                 labels=instance.labels,
                 start=start,
+                images=map(source_to_wire, images),
             ),
             context,
         )
@@ -84,6 +93,12 @@ class GrpcAgent:
         request = agent_pb2.DeleteInstanceRequest(ref=_ref(instance), grace_period=duration_of(grace_s))
         reply = await self._call(self._stub.DeleteInstance, request, context)
         return reply.existed
+
+    async def update(self, instance: Instance, context: CallContext, *, sizes: Sizes) -> Observation:
+        request = agent_pb2.UpdateInstanceRequest(
+            ref=_ref(instance), cpu_cores=cores(sizes.cpu_millis), memory_mb=sizes.memory_mb
+        )
+        return self._observation(await self._call(self._stub.UpdateInstance, request, context))
 
     async def pause(self, instance: Instance, context: CallContext) -> Observation:
         return await self._act(self._stub.PauseInstance, instance, context)
@@ -144,7 +159,7 @@ class GrpcAgent:
         context: CallContext,
         options: ConsoleOptions,
     ) -> AgentConsole:
-        call = self._stub.AttachConsole(metadata=_metadata(context))
+        call = self._attach_console(metadata=_metadata(context))
         return await open_console(
             call,
             instance_id,

@@ -2,8 +2,9 @@
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine
-from contextlib import AsyncExitStack
+import socket
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 import structlog
@@ -11,7 +12,13 @@ import structlog
 from hypervisor.core.clock import Clock
 from hypervisor.core.ids import IdSource
 from hypervisor.core.settings import split_address
-from hypervisor.core.tls import channel_credentials, server_credentials, server_ssl_context
+from hypervisor.core.tls import (
+    ClientTls,
+    channel_credentials,
+    client_ssl_context,
+    server_credentials,
+    server_ssl_context,
+)
 from hypervisor.ext import scoring
 from hypervisor.server import auth, keys
 from hypervisor.server.agents_grpc import AgentPool
@@ -19,13 +26,14 @@ from hypervisor.server.api.nodes import About
 from hypervisor.server.api.rpc import Dispatcher
 from hypervisor.server.api.service import Api, ApiServer, make_server
 from hypervisor.server.config import ServerSettings
-from hypervisor.server.control_plane import ControlPlane, ControlPlaneSettings
+from hypervisor.server.control_plane import ControlPlane, ControlPlaneSettings, ImageSettings
 from hypervisor.server.gateway.http import HttpGateway
 from hypervisor.server.gateway.metrics import Metrics
 from hypervisor.server.reconcile.loop import ReconcilerSettings
 from hypervisor.server.scheduler.registry import load_scheduler
 from hypervisor.server.services import ClusterChange, HeartbeatTimes, Kind
 from hypervisor.server.store.open import open_storage
+from hypervisor.wire.image_http import BlobFetcher, fetch_session
 
 __all__ = ["Addresses", "run_server"]
 
@@ -93,6 +101,13 @@ async def run_server(
                 server_id=server_id,
                 address=settings.server.advertise_address or grpc_address,
                 version=version,
+                images=ImageSettings(
+                    directory=settings.image_dir(),
+                    max_bytes=settings.image_store.max_bytes,
+                    reserve_bytes=settings.image_store.reserve,
+                    upload_idle_s=settings.image_store.upload_idle,
+                    upload_retention_s=settings.image_store.upload_retention,
+                ),
                 heartbeat=HeartbeatTimes(settings.heartbeat.interval, settings.heartbeat.timeout),
                 policy=settings.scheduler.policy,
                 scheduler_seed=settings.scheduler.seed,
@@ -114,6 +129,7 @@ async def run_server(
             instances=plane.instances,
             nodes=plane.nodes,
             operations=plane.operations,
+            images=plane.images,
             explainer=plane.explainer,
             clock=clock,
             about=About(version=version, store_backend=settings.store.backend.value, started_at=clock.now()),
@@ -127,8 +143,16 @@ async def run_server(
                 authenticator=authenticator,
                 metrics=metrics,
                 unready=readiness.why_not,
+                image_file=plane.image_store.find,
             )
         )
+        plane.membership.describe(
+            http_url=_http_url(settings, gateway.port), image_store=plane.image_store.id
+        )
+        if settings.image_store.replicate:
+            plane.image_keeper.fetcher = await stack.enter_async_context(
+                _image_fetcher(settings, plane, clock=clock, rng=rng)
+            )
         addresses = Addresses(grpc_address, _bound(settings.server.http_address, gateway.port))
         log.info("scoring_table", implementation=scoring.implementation)
         log.info("server_starting", server_id=server_id, version=version, store=settings.store.backend.value)
@@ -237,6 +261,32 @@ def _bound(address: str, port: int) -> str:
     """The address with the port that the system chose."""
     host, _ = split_address(address)
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _http_url(settings: ServerSettings, port: int) -> str:
+    """Where others reach the gateway."""
+    address = settings.server.advertise_http_address
+    if not address:
+        host, _ = split_address(settings.server.advertise_address or settings.server.http_address)
+        if host in ("0.0.0.0", "::"):
+            host = socket.gethostname()
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return f"{'https' if settings.tls.enabled else 'http'}://{address}"
+
+
+@asynccontextmanager
+async def _image_fetcher(
+    settings: ServerSettings, plane: ControlPlane, *, clock: Clock, rng: random.Random
+) -> AsyncIterator[BlobFetcher]:
+    """What brings this server the images of others; it shows them what agents show."""
+    tls = settings.tls
+    context = client_ssl_context(ClientTls(tls.ca_file, tls.cert_file, tls.key_file)) if tls.enabled else None
+    token = next((t.get_secret_value() for t in settings.auth.tokens.values()), "")
+    session = fetch_session(context)
+    try:
+        yield BlobFetcher(plane.image_store.blobs, session, clock=clock, rng=rng, token_for=lambda _: token)
+    finally:
+        await session.close()
 
 
 def _channel_closer(plane: ControlPlane, pool: AgentPool) -> Callable[[tuple[ClusterChange, ...]], None]:

@@ -11,6 +11,7 @@ import msgspec
 import structlog
 
 from hypervisor.core.errors import Internal
+from hypervisor.core.images import Image
 from hypervisor.core.model import Allocation, Instance, Node, OperationRecord, decode
 from hypervisor.server import keys
 from hypervisor.server.keys import RecordKey
@@ -110,6 +111,9 @@ class ClusterState:
         self.operations: dict[str, Versioned[OperationRecord]] = {}
         self.unfinished: dict[str, Versioned[OperationRecord]] = {}
         self.allocations: dict[str, Versioned[Allocation]] = {}
+        self.images: dict[str, Versioned[Image]] = {}
+        self.image_names: dict[str, dict[str, str]] = {}
+        """Of the images with some content (by digest): their names by id."""
         self._instances_on: dict[str, dict[str, None]] = {}
         self._servers: dict[str, Versioned[ServerRecord]] = {}
         self._hostnames: dict[str, dict[str, None]] = {}
@@ -209,6 +213,9 @@ class ClusterState:
                 self.allocations[a.node_id] = record
             case ServerRecord() as server:
                 self._servers[server.id] = record
+            case Image() as image:
+                self.images[image.id] = record
+                self.image_names.setdefault(image.sha256, {})[image.id] = image.name
             case _:
                 pass
 
@@ -231,6 +238,12 @@ class ClusterState:
                 del self.allocations[a.node_id]
             case ServerRecord() as server:
                 del self._servers[server.id]
+            case Image() as image:
+                del self.images[image.id]
+                names = self.image_names[image.sha256]
+                del names[image.id]
+                if not names:
+                    del self.image_names[image.sha256]
             case _:
                 pass
 

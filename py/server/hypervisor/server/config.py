@@ -46,6 +46,11 @@ class ServerSection(Section):
     http_address: Address = pydantic.Field(
         default="127.0.0.1:8080", description="Where the HTTP gateway (health, metrics) listens."
     )
+    advertise_http_address: str = pydantic.Field(
+        default="",
+        description="Under which `host:port` nodes and other servers reach the HTTP gateway, for images. Empty: the "
+        "host of `advertise_address`, or where it listens.",
+    )
     advertise_address: str = pydantic.Field(
         default="", description="Under which `host:port` others reach this server. Empty: `grpc_address`."
     )
@@ -98,6 +103,32 @@ class EtcdSection(Section):
     key_file: str = pydantic.Field(default="", description="Its key.")
     server_name: str = pydantic.Field(
         default="", description="Name the certificate must carry, if not the endpoint's."
+    )
+
+
+class ImageStoreSection(Section):
+    """Images that were imported, for nodes to fetch from `server.http_address`."""
+
+    dir: Path | None = pydantic.Field(
+        default=None,
+        description="Directory for their content, this server's alone. Default: `images` beside `store.path`.",
+    )
+    max_bytes: ByteSize = pydantic.Field(
+        default=256 << 30, gt=0, description="Largest image. Larger ones are refused."
+    )
+    reserve: ByteSize = pydantic.Field(
+        default=1 << 30, ge=0, description="Kept free on the disk: no import may use it up."
+    )
+    upload_idle: Duration = pydantic.Field(
+        default=60.0, gt=0, le=3600, description="An import of which nothing comes for so long is broken off."
+    )
+    upload_retention: Duration = pydantic.Field(
+        default=86_400.0, ge=60, description="How long what came of a broken import is kept, to go on from."
+    )
+    replicate: bool = pydantic.Field(
+        default=True,
+        description="Fetch images that other servers have, so that each server has them all. With `auth.mode: token` "
+        "the first of `auth.tokens` is shown to them; servers need the same tokens.",
     )
 
 
@@ -341,12 +372,13 @@ class ServerSettings(Settings):
     """Configuration of hypervisor-server."""
 
     foreign_sections: ClassVar[frozenset[str]] = frozenset(
-        {"agent", "node", "console", "drivers", "containerd", "libvirt", "machines", "microvm"}
+        {"agent", "node", "console", "drivers", "containerd", "images", "libvirt", "machines", "microvm"}
     )
 
     server: ServerSection = ServerSection()
     store: StoreSection = StoreSection()
     etcd: EtcdSection = EtcdSection()
+    image_store: ImageStoreSection = ImageStoreSection()
     heartbeat: HeartbeatSection = HeartbeatSection()
     scheduler: SchedulerSection = SchedulerSection()
     operations: OperationsSection = OperationsSection()
@@ -382,6 +414,10 @@ class ServerSettings(Settings):
                 "cross the network in clear: set tls.enabled to true, or use a loopback address"
             )
         return self
+
+    def image_dir(self) -> Path:
+        """Where the content of images is kept."""
+        return self.image_store.dir or self.store.path.parent / "images"
 
     def server_tls(self) -> ServerTls | None:
         """What the API and the gateway serve with; None for plain text."""

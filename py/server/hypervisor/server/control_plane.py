@@ -6,6 +6,7 @@
 import asyncio
 import random
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from hypervisor.core.clock import Clock
 from hypervisor.core.ids import IdSource
@@ -14,6 +15,12 @@ from hypervisor.server.agents import Agents
 from hypervisor.server.committer import GroupCommitter
 from hypervisor.server.executor import ExecutorSettings, OperationExecutor
 from hypervisor.server.explaining import Explainer
+from hypervisor.server.images.contract import Images
+from hypervisor.server.images.keeping import ImageKeeper
+from hypervisor.server.images.naming import ImageSources
+from hypervisor.server.images.service import ImageService
+from hypervisor.server.images.store import ImageStore
+from hypervisor.server.images.uploads import Uploads
 from hypervisor.server.instances import InstanceService
 from hypervisor.server.ledger import AllocationRules, Ledger
 from hypervisor.server.membership import Membership
@@ -28,7 +35,18 @@ from hypervisor.server.services import HeartbeatTimes, Instances, Nodes, Operati
 from hypervisor.server.store.storage import Storage
 from hypervisor.server.view import StoreView, ViewSettings
 
-__all__ = ["ControlPlane", "ControlPlaneSettings"]
+__all__ = ["ControlPlane", "ControlPlaneSettings", "ImageSettings"]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSettings:
+    """Where and how images are kept; times in seconds."""
+
+    directory: Path
+    max_bytes: int = 1 << 40
+    reserve_bytes: int = 0
+    upload_idle_s: float = 60.0
+    upload_retention_s: float = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +56,7 @@ class ControlPlaneSettings:
     server_id: str
     address: str
     version: str
+    images: ImageSettings
     heartbeat: HeartbeatTimes = field(default_factory=lambda: HeartbeatTimes(10.0, 30.0))
     policy: PlacementPolicy = PlacementPolicy.SPREAD
     scheduler_seed: int = 0
@@ -66,6 +85,10 @@ class ControlPlane:
         server_id = settings.server_id
         self.view = StoreView(storage, clock, settings=settings.view)
         self.committer = GroupCommitter(storage, self.view, clock, rng=rng)
+        images = settings.images
+        self.image_store = ImageStore(
+            images.directory, max_bytes=images.max_bytes, reserve_bytes=images.reserve_bytes, new_id=new_id
+        )
         waiters = Waiters()
         self.executor = OperationExecutor(
             self.view,
@@ -75,6 +98,7 @@ class ControlPlane:
             clock,
             server_id=server_id,
             rng=rng,
+            images=ImageSources(self.view, self.committer).of,
             settings=settings.executor,
         )
         operations = OperationService(
@@ -90,6 +114,7 @@ class ControlPlane:
             clock,
             PlacementHealth(clock, half_life_s=settings.penalty_half_life_s),
             use_valid_s=settings.heartbeat.timeout_s,
+            names_of=self.view.image_names,
         )
         ledger = Ledger(settings.allocation, facts)
         facts.listen(ledger.node_changed)
@@ -121,8 +146,28 @@ class ControlPlane:
             placer,
             agents,
             clock,
+            allocation=settings.allocation,
             new_id=new_id,
             last_stats=nodes.last_stats,
+        )
+        uploads = Uploads(self.image_store, idle_s=images.upload_idle_s)
+        self.image_keeper = ImageKeeper(
+            self.image_store,
+            uploads,
+            self.view,
+            self.committer,
+            clock,
+            upload_retention_s=images.upload_retention_s,
+        )
+        self.images: Images = ImageService(
+            self.image_store,
+            uploads,
+            self.image_keeper,
+            self.view,
+            self.committer,
+            operations,
+            clock,
+            new_id=new_id,
         )
         self.membership = Membership(
             storage,
@@ -152,7 +197,14 @@ class ControlPlane:
 
     async def run(self) -> None:
         """Run all parts until cancelled."""
+        try:
+            await self._run()
+        finally:
+            self.image_store.close()
+
+    async def _run(self) -> None:
         async with asyncio.TaskGroup() as group:
+            group.create_task(self.image_keeper.run(), name="images")
             group.create_task(self.view.run(), name="view")
             group.create_task(self.committer.run(), name="committer")
             group.create_task(self.executor.run(), name="executor")

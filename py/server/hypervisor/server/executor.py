@@ -23,6 +23,7 @@ from hypervisor.core.errors import (
     Internal,
     Unavailable,
 )
+from hypervisor.core.images import ImageSource
 from hypervisor.core.model import Instance, Observation, OperationRecord
 from hypervisor.core.retry import Backoff
 from hypervisor.core.states import DesiredState, NodeStatus
@@ -39,6 +40,8 @@ from hypervisor.server.view import StoreView
 __all__ = ["ExecutorSettings", "OperationExecutor"]
 
 T = TypeVar("T")
+ImagesOf = Callable[[Instance], tuple[ImageSource, ...]]
+"""What a node is told of the images that an instance names."""
 
 log = structlog.get_logger(__name__)
 
@@ -96,6 +99,7 @@ class OperationExecutor:
         *,
         server_id: str,
         rng: random.Random,
+        images: ImagesOf,
         settings: ExecutorSettings | None = None,
     ) -> None:
         self._view = view
@@ -105,6 +109,7 @@ class OperationExecutor:
         self._clock = clock
         self._server_id = server_id
         self._rng = rng
+        self._images = images
         self._settings = settings or ExecutorSettings()
         self._group: asyncio.TaskGroup | None = None
         self._slots = asyncio.Semaphore(self._settings.concurrency)
@@ -223,7 +228,10 @@ class OperationExecutor:
             await self._end_failed(record, instance.value, exc, request_id=driven.request_id)
         else:
             if isinstance(reply, Observation):
-                await self._end(lambda d: outcomes.succeed(d, operation_id, reply, server_id=self._server_id))
+                lane = Lane.PLACEMENTS if record.verb == "update" else Lane.RECORDS
+                await self._end(
+                    lambda d: outcomes.succeed(d, operation_id, reply, server_id=self._server_id), lane=lane
+                )
             else:
                 await self._end(
                     lambda d: outcomes.remove(d, operation_id, server_id=self._server_id),
@@ -249,7 +257,9 @@ class OperationExecutor:
             context = CallContext(driven.request_id, left_s)
             try:
                 return await self._attend(
-                    _call(self._agents.agent(node.value), operation, instance, context), operation, driven
+                    _call(self._agents.agent(node.value), operation, instance, context, images=self._images),
+                    operation,
+                    driven,
                 )
             except Unavailable as exc:
                 if exc.reason != "NODE_UNREACHABLE":
@@ -314,7 +324,10 @@ class OperationExecutor:
         elif isinstance(error, Cancelled):
             await self._undo_start(operation, instance, error, cleaning)
         else:
-            await self._end(lambda d: outcomes.fail(d, operation_id, server_id=server_id, error=error))
+            lane = Lane.PLACEMENTS if operation.verb == "update" else Lane.RECORDS
+            await self._end(
+                lambda d: outcomes.fail(d, operation_id, server_id=server_id, error=error), lane=lane
+            )
 
     async def _cleaned_up(self, operation: OperationRecord, instance: Instance, context: CallContext) -> bool:
         """Whether the node confirms that nothing of a failed create is left."""
@@ -400,13 +413,18 @@ def _release_leftover(draft: Draft, instance_id: str) -> None:
 
 
 async def _call(
-    agent: Agent, operation: OperationRecord, instance: Instance, context: CallContext
+    agent: Agent,
+    operation: OperationRecord,
+    instance: Instance,
+    context: CallContext,
+    *,
+    images: ImagesOf,
 ) -> Observation | bool:
     grace_s = operation.grace_period_s or 0.0
     match operation.verb:
         case "create":
             start = instance.desired is DesiredState.RUNNING
-            return await agent.create(instance, context, start=start)
+            return await agent.create(instance, context, start=start, images=images(instance))
         case "start":
             return await agent.start(instance, context)
         case "stop":
@@ -415,6 +433,8 @@ async def _call(
             return await agent.restart(instance, context, grace_s=grace_s)
         case "delete":
             return await agent.delete(instance, context, grace_s=grace_s)
+        case "update" if operation.sizes is not None:
+            return await agent.update(instance, context, sizes=operation.sizes)
         case "pause":
             return await agent.pause(instance, context)
         case "resume":

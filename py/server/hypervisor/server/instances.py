@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from datetime import timedelta
 from functools import partial
 
 from hypervisor.core.clock import Clock
@@ -16,9 +17,12 @@ from hypervisor.server.agents import Agents, CallContext
 from hypervisor.server.committer import GroupCommitter, Lane
 from hypervisor.server.drafts import Batch
 from hypervisor.server.executor import OperationExecutor
+from hypervisor.server.images.naming import fetch_allowance_s
+from hypervisor.server.ledger import AllocationRules
 from hypervisor.server.operations import OperationService
 from hypervisor.server.placement import Placer
 from hypervisor.server.placement_terms import UNREGISTERED, terms_to_enter
+from hypervisor.server.resizing import SizeChange, begin_update
 from hypervisor.server.services import (
     Caller,
     ConsoleSession,
@@ -60,6 +64,7 @@ class InstanceService:
         agents: Agents,
         clock: Clock,
         *,
+        allocation: AllocationRules,
         new_id: IdSource,
         last_stats: Callable[[str], InstanceStats | None],
     ) -> None:
@@ -70,6 +75,7 @@ class InstanceService:
         self._placer = placer
         self._agents = agents
         self._clock = clock
+        self._allocation = allocation
         self._new_id = new_id
         self._last_stats = last_stats
 
@@ -84,6 +90,7 @@ class InstanceService:
             project=draft.project,
         )
         deadline = self._executor.settings.deadline(self._clock.now(), "create")
+        deadline += timedelta(seconds=fetch_allowance_s(self._committer.known, draft))
         while True:
             await self._enter_terms(draft)
             try:
@@ -132,6 +139,19 @@ class InstanceService:
         self, ref: InstanceRef, mutation: Mutation, *, options: StopOptions, force: bool
     ) -> Versioned[OperationRecord]:
         return await self._begin("delete", ref, mutation, grace_s=options.grace_s, force=force)
+
+    async def update(
+        self, ref: InstanceRef, mutation: Mutation, *, cpu_millis: int | None, memory_mb: int | None
+    ) -> Versioned[OperationRecord]:
+        operation = self._operations.open("update", mutation, object_kind=Kind.INSTANCE)
+        deadline = self._executor.settings.deadline(self._clock.now(), "update")
+        change = SizeChange(cpu_millis, memory_mb)
+        decided = await self._committer.commit(
+            lambda d: begin_update(d, self._allocation, ref, change, operation=operation, deadline=deadline),
+            then=partial(self._executor.begin, request_id=mutation.caller.request_id),
+            lane=Lane.PLACEMENTS,
+        )
+        return await self._operations.conclude(decided, wait=mutation.wait)
 
     async def pause(self, ref: InstanceRef, mutation: Mutation) -> Versioned[OperationRecord]:
         return await self._begin("pause", ref, mutation)

@@ -8,6 +8,8 @@
     /hypervisor/allocations/{node id}    Allocation     written with the node, changed by placements only
     /hypervisor/names/{project}/{name}   NameClaim      makes names of instances unique
     /hypervisor/hostnames/{hostname}     HostnameClaim  makes host names unique
+    /hypervisor/images/{id}              Image
+    /hypervisor/image-names/{project}/{name}  ImageClaim  makes names of images unique
     /hypervisor/leases/nodes/{id}        NodeLease      bound to a lease: the agent is alive
     /hypervisor/leases/servers/{id}      ServerRecord   bound to a lease: the server is alive
     /hypervisor/config/cluster           ClusterConfig
@@ -22,10 +24,12 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
+from hypervisor.core.images import Image
 from hypervisor.core.model import Allocation, Instance, Node, OperationRecord
 from hypervisor.server.records import (
     ClusterConfig,
     HostnameClaim,
+    ImageClaim,
     NameClaim,
     NodeLease,
     PlacementTerms,
@@ -42,6 +46,8 @@ __all__ = [
     "RecordKey",
     "allocation",
     "hostname",
+    "image",
+    "image_name",
     "instance",
     "name",
     "node",
@@ -99,6 +105,16 @@ def hostname(host: str) -> RecordKey[HostnameClaim]:
     return RecordKey(f"{PREFIX}hostnames/{host}", HostnameClaim)
 
 
+def image(image_id: str) -> RecordKey[Image]:
+    """The image's record."""
+    return RecordKey(f"{PREFIX}images/{image_id}", Image)
+
+
+def image_name(project: str, name_of_image: str) -> RecordKey[ImageClaim]:
+    """Which image has the name in the project."""
+    return RecordKey(f"{PREFIX}image-names/{project}/{name_of_image}", ImageClaim)
+
+
 def node_lease(node_id: str) -> RecordKey[NodeLease]:
     """Exists while the node's agent is alive."""
     return RecordKey(f"{PREFIX}leases/nodes/{node_id}", NodeLease)
@@ -120,6 +136,8 @@ _FAMILIES: Mapping[str, type[msgspec.Struct]] = MappingProxyType(
         "allocations/": Allocation,
         "names/": NameClaim,
         "hostnames/": HostnameClaim,
+        "images/": Image,
+        "image-names/": ImageClaim,
         "leases/nodes/": NodeLease,
         "leases/servers/": ServerRecord,
         "config/cluster": ClusterConfig,

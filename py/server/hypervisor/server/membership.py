@@ -3,6 +3,7 @@
 import asyncio
 
 import structlog
+from msgspec import structs
 
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import HypervisorError, NotFound
@@ -42,6 +43,10 @@ class Membership:
         self._ttl_s = ttl_s
         self._joined = asyncio.Event()
         self._record = ServerRecord(id=server_id, address=address, version=version, started_at=clock.now())
+
+    def describe(self, *, http_url: str, image_store: str) -> None:
+        """What others need for images; before :meth:`run`."""
+        self._record = structs.replace(self._record, http_url=http_url, image_store=image_store)
 
     @property
     def record(self) -> ServerRecord:

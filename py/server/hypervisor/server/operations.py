@@ -82,7 +82,7 @@ class OperationService:
         verb: str,
         mutation: Mutation,
         *,
-        object_kind: Kind,
+        object_kind: str,
         object_id: str = "",
         object_name: str = "",
         project: str = "",
@@ -90,12 +90,15 @@ class OperationService:
         snapshot: str = "",
         snapshot_kind: SnapshotKind = SnapshotKind.FULL,
     ) -> OperationRecord:
-        """A new operation, not recorded yet. Its id follows from caller and request_id where there is one."""
+        """A new operation, not recorded yet. Its id follows from caller and request_id where there is one.
+
+        ``object_kind``: one of :class:`Kind`, or ``image``.
+        """
         caller, request_id = mutation.caller, mutation.request_id
         return OperationRecord(
             id=derived_id("op", caller.principal, request_id) if request_id else self._new_id("op"),
             verb=verb,
-            object_kind=object_kind.value,
+            object_kind=str(object_kind),
             object_id=object_id,
             object_name=object_name,
             principal=caller.principal,

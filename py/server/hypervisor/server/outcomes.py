@@ -16,6 +16,7 @@ from hypervisor.server.drafts import Draft
 from hypervisor.server.failures import record_of
 from hypervisor.server.observations import settle
 from hypervisor.server.placement import release
+from hypervisor.server.resizing import end_update
 
 __all__ = [
     "TAKEN_OVER",
@@ -74,6 +75,8 @@ def succeed(
         elif operation.verb == "restore-snapshot":
             # What was wanted when the snapshot was taken is wanted again.
             instance = structs.replace(instance, desired=_WANTED.get(reply.status, instance.desired))
+        elif operation.verb == "update":
+            instance = end_update(draft, instance, operation, done=True)
         draft.put(keys.instance(instance.id), settle(instance, reply, now=draft.now))
     return _end(draft, operation, error)
 
@@ -120,6 +123,8 @@ def fail(draft: Draft, operation_id: str, *, server_id: str, error: HypervisorEr
     operation = _driven(draft, operation_id, server_id=server_id)
     instance = _held(draft, operation)
     if instance is not None:
+        if operation.verb == "update" and not unclear(error):
+            instance = end_update(draft, instance, operation, done=False)
         status, reason = _after_failure(operation.verb, instance, error)
         if not can_move(instance.status, status):
             status, reason = InstanceStatus.UNKNOWN, error.reason

@@ -19,10 +19,12 @@ from hypervisor.core.errors import (
     NotFound,
     ResourceExhausted,
 )
+from hypervisor.core.images import image_reference
 from hypervisor.core.model import Allocation, Instance, OperationRecord, PlacementRecord, ScorePart
 from hypervisor.core.states import InstanceStatus, PlacementPolicy
 from hypervisor.server import keys
 from hypervisor.server.drafts import Draft
+from hypervisor.server.images.naming import images_of_order
 from hypervisor.server.ledger import Ledger
 from hypervisor.server.placement_terms import enter_terms, guard_terms
 from hypervisor.server.records import NameClaim
@@ -72,7 +74,7 @@ class Placer:
         """Choose a node, reserve on it and record instance, name and operation; returns the operation.
 
         A repeat of a request returns the operation it began. Raises ``InvalidArgument`` (``REQUEST_ID_REUSED``),
-        ``AlreadyExists`` (``INSTANCE_NAME_TAKEN``), what :meth:`choose` raises and ``guard_terms``.
+        ``AlreadyExists`` (``INSTANCE_NAME_TAKEN``), what :meth:`choose`, ``images_of_order`` and ``guard_terms`` raise.
         """
         known = draft.get(keys.operation(operation.id)) if operation.request_id else None
         if known is not None:
@@ -86,6 +88,7 @@ class Placer:
                 reason="INSTANCE_NAME_TAKEN",
                 metadata={"name": order.name, "project": order.project},
             )
+        images = images_of_order(draft, order)
         placement, snapshot = self.choose(draft, order, seed=operation.object_id)
         node_id = placement.node_id
         held = draft.get(keys.allocation(node_id))
@@ -110,6 +113,7 @@ class Placer:
                 id=operation.object_id,
                 operation_id=operation.id,
                 transition_deadline=deadline,
+                images=images,
                 placement=self._record(draft, order, placement, snapshot, seed=operation.object_id),
             ),
         )
@@ -126,7 +130,7 @@ class Placer:
 
     def without(self, instance: Instance) -> Snapshot:
         """What :meth:`look` showed last, as if the instance were not placed; a copy."""
-        return self._ledger.without(instance.id, instance.spec.resources)
+        return self._ledger.without(instance.id, instance.holds)
 
     def enter_terms(self, draft: Draft, order: InstanceDraft) -> None:
         """Enter the instance's terms in the register, as has to be done before it is placed."""
@@ -140,6 +144,7 @@ class Placer:
                 reason="INSTANCE_NAME_TAKEN",
                 metadata={"name": order.name, "project": order.project},
             )
+        images_of_order(draft, order)
         placement, _ = self.choose(draft, order, seed=f"{order.project}/{order.name}")
         return _instance(order, node_id=placement.node_id, now=draft.now)
 
@@ -183,7 +188,7 @@ class Placer:
             seed=f"{self._seed}/{seed}",
             project=order.project,
             labels=order.labels,
-            image=spec.image,
+            image=image_reference(order.type, spec.image),
             tolerations=spec.tolerations,
             affinity=spec.affinity,
             anti_affinity=spec.anti_affinity,
@@ -215,7 +220,7 @@ def release(draft: Draft, instance: Instance) -> None:
         raise Internal(f"node {instance.node_id} has instances and no allocation record")
     left = Allocation(
         node_id=instance.node_id,
-        reserved=held.value.reserved - instance.spec.resources,
+        reserved=held.value.reserved - instance.holds,
         instances=held.value.instances - 1,
     )
     if (

@@ -10,6 +10,7 @@ __all__ = [
     "ClusterConfig",
     "HeldTerm",
     "HostnameClaim",
+    "ImageClaim",
     "NameClaim",
     "NodeLease",
     "PlacementTerms",
@@ -31,6 +32,13 @@ class HostnameClaim(msgspec.Struct, frozen=True, kw_only=True):
     v: int = SCHEMA_VERSION
 
 
+class ImageClaim(msgspec.Struct, frozen=True, kw_only=True):
+    """Which image has a name in a project; its key makes the name unique."""
+
+    image_id: str
+    v: int = SCHEMA_VERSION
+
+
 class NodeLease(msgspec.Struct, frozen=True, kw_only=True):
     """Bound to the lease of a node's agent: while it exists, the agent is alive."""
 
@@ -39,12 +47,18 @@ class NodeLease(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ServerRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """Bound to the lease of a server of the control plane: while it exists, that server is alive."""
+    """Bound to the lease of a server of the control plane: while it exists, that server is alive.
+
+    ``http_url``: where others reach its gateway. ``image_store``: id of the store of images that it has; it stays the
+    same over restarts, as the server's own id does not.
+    """
 
     id: str
     address: str
     version: str
     started_at: datetime
+    http_url: str = ""
+    image_store: str = ""
     v: int = SCHEMA_VERSION
 
 

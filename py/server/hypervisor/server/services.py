@@ -6,7 +6,7 @@ Implementations: ``instances.py``, ``nodes.py``, ``operations.py``, ``view.py``;
 All methods raise classes of :mod:`hypervisor.core.errors` only.
 """
 
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -233,6 +233,12 @@ class Instances(Protocol):
         self, ref: InstanceRef, mutation: Mutation, *, options: StopOptions, force: bool
     ) -> Versioned[OperationRecord]: ...
 
+    async def update(
+        self, ref: InstanceRef, mutation: Mutation, *, cpu_millis: int | None, memory_mb: int | None
+    ) -> Versioned[OperationRecord]:
+        """Give it more or less of its node; None: as much as it has."""
+        ...
+
     async def pause(self, ref: InstanceRef, mutation: Mutation) -> Versioned[OperationRecord]: ...
 
     async def resume(self, ref: InstanceRef, mutation: Mutation) -> Versioned[OperationRecord]: ...
@@ -357,8 +363,10 @@ class Nodes(Protocol):
         stats: Mapping[str, InstanceStats],
         *,
         usage: InstancesUsage,
+        images: Sequence[str] = (),
     ) -> HeartbeatTimes:
-        """A sign of life. ``stats`` may lack some of the node's instances: what was known of those stays."""
+        """A sign of life. ``stats`` may lack some of the node's instances: what was known of those stays.
+        ``images``: digests of those the node has."""
         ...
 
     async def update_status(

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from msgspec import structs
 
 from hypervisor.core.errors import Conflict, FailedPrecondition, NotFound, Unavailable, Unimplemented
+from hypervisor.core.images import Image
 from hypervisor.core.machines import SnapshotKind
 from hypervisor.core.model import Instance, Node, OperationRecord
 from hypervisor.core.states import DesiredState, InstanceStatus, NodeStatus
@@ -112,6 +113,7 @@ VERBS: Mapping[str, VerbRule] = MappingProxyType(
                 "NOT_RUNNING",
                 "there is no memory to put on disk",
             ),
+            VerbRule("update", _RUNS | _RESTS, None, None, "NOT_SETTLED", "wait for the work in progress"),
             *(
                 VerbRule(
                     verb,
@@ -202,7 +204,9 @@ def instance_not_found(ref: InstanceRef) -> NotFound:
     )
 
 
-def check_version(found: Versioned[Instance] | Versioned[Node], wanted: int, *, what: str) -> None:
+def check_version(
+    found: Versioned[Instance] | Versioned[Node] | Versioned[Image], wanted: int, *, what: str
+) -> None:
     """Refuse to change something that is not as the caller saw it (``wanted`` 0: any version)."""
     if wanted and found.revision != wanted:
         raise Conflict(

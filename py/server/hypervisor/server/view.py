@@ -20,6 +20,7 @@ import structlog
 
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import FailedPrecondition, HypervisorError, Unavailable
+from hypervisor.core.images import Image
 from hypervisor.core.model import Allocation, Instance, Node, OperationRecord
 from hypervisor.server import keys
 from hypervisor.server.cluster_state import ClusterState, Update, cluster_changes, decode_item
@@ -127,6 +128,14 @@ class StoreView:
     def unfinished_operations(self) -> Iterable[Versioned[OperationRecord]]:
         """Operations that have not ended: few, where ``operations`` has the history of a day."""
         return self._state.unfinished.values()
+
+    def images(self) -> Iterable[Versioned[Image]]:
+        """All images."""
+        return self._state.images.values()
+
+    def image_names(self, digest: str) -> tuple[str, ...]:
+        """Names of the images that have this content."""
+        return tuple(self._state.image_names.get(digest, {}).values())
 
     def node_alive(self, node_id: str) -> bool:
         """Whether the node's lease exists."""

@@ -22,6 +22,7 @@ from hypervisor.wire.times import datetime_of, duration_of, seconds_of, timestam
 
 __all__ = [
     "MAX_TAIL_LINES",
+    "console_data_from_wire",
     "console_data_to_wire",
     "console_options_from_wire",
     "console_options_to_wire",
@@ -42,7 +43,22 @@ _FIXED = instance_pb2.ConsoleInput.RESIZE_POLICY_FIXED
 _POLICIES = frozenset(instance_pb2.ConsoleInput.ResizePolicy.values())
 
 
-def console_data_to_wire(data: bytes) -> bytes:
+def console_data_from_wire(message: bytes) -> memoryview | None:
+    """The ``data`` of an encoded ConsoleOutput, uncopied. None for one with anything else in it, and for what is none:
+    decode that."""
+    if message[:1] != _DATA_TAG:
+        return None
+    at, shift, length = 1, 0, 0
+    for byte in message[1:6]:
+        at += 1
+        length |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            return memoryview(message)[at:] if at + length == len(message) else None
+    return None
+
+
+def console_data_to_wire(data: bytes | memoryview) -> bytes:
     """A ConsoleOutput with ``data``, encoded: the bulk of a console, which a message object would copy once more."""
     length, rest = bytearray(), len(data)
     while rest > 0x7F:

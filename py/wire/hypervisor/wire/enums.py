@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from hypervisor.core import machines, states
 from hypervisor.core.errors import InvalidArgument
-from hypervisor.v1 import instance_pb2, node_pb2, operation_pb2
+from hypervisor.core.images import ImageKind, ImageState
+from hypervisor.v1 import image_pb2, instance_pb2, node_pb2, operation_pb2
 
 if TYPE_CHECKING:  # the name exists in the type stubs only
     from google.protobuf.internal.enum_type_wrapper import _EnumTypeWrapper
@@ -14,6 +15,8 @@ if TYPE_CHECKING:  # the name exists in the type stubs only
 __all__ = [
     "DESIRED_STATE",
     "FIRMWARE",
+    "IMAGE_KIND",
+    "IMAGE_STATE",
     "INSTANCE_STATUS",
     "INSTANCE_TYPE",
     "LABEL_OPERATOR",
@@ -73,3 +76,5 @@ TOLERATION_OPERATOR = EnumMap(states.TolerationOperator, instance_pb2.Toleration
 FIRMWARE = EnumMap(machines.Firmware, instance_pb2.Firmware, "FIRMWARE")
 VMM = EnumMap(machines.VmmChoice, instance_pb2.Vmm, "VMM")
 SNAPSHOT_KIND = EnumMap(machines.SnapshotKind, instance_pb2.SnapshotKind, "SNAPSHOT_KIND")
+IMAGE_KIND = EnumMap(ImageKind, image_pb2.ImageKind, "IMAGE_KIND")
+IMAGE_STATE = EnumMap(ImageState, image_pb2.ImageState, "IMAGE_STATE")

@@ -82,7 +82,7 @@ def test_the_sandbox_is_on_and_allows_no_more_than_changing_the_user() -> None:
 
 @pytest.mark.parametrize(
     ("accelerator", "accel", "cpu"),
-    [(Accelerator.TCG, "tcg,thread=multi", "max"), (Accelerator.KVM, "kvm", "host")],
+    [(Accelerator.TCG, "tcg,thread=multi,tb-size=64", "max"), (Accelerator.KVM, "kvm", "host")],
 )
 def test_the_processor_is_that_of_the_accelerator(accelerator: Accelerator, accel: str, cpu: str) -> None:
     words = command(machine(), accelerator=accelerator)

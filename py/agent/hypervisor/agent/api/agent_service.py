@@ -14,10 +14,12 @@ from hypervisor.agent.v1 import agent_pb2
 from hypervisor.core.errors import FieldViolation, InvalidArgument, Unimplemented
 from hypervisor.core.ids import is_id
 from hypervisor.core.machines import SnapshotKind
-from hypervisor.core.model import Observation
+from hypervisor.core.model import Observation, Sizes
 from hypervisor.core.names import check_dns_label
+from hypervisor.core.resources import millicores
 from hypervisor.v1 import instance_pb2
 from hypervisor.wire.enums import INSTANCE_TYPE, SNAPSHOT_KIND
+from hypervisor.wire.images import source_from_wire
 from hypervisor.wire.instances import observation_to_wire, spec_from_wire
 from hypervisor.wire.machines import snapshot_to_wire
 from hypervisor.wire.nodes import driver_to_wire, resources_to_wire
@@ -60,6 +62,7 @@ class AgentService:
             "StopInstance": self.stop_instance,
             "DeleteInstance": self.delete_instance,
             "RestartInstance": self.restart_instance,
+            "UpdateInstance": self.update_instance,
             "PauseInstance": self.pause_instance,
             "ResumeInstance": self.resume_instance,
             "SuspendInstance": self.suspend_instance,
@@ -96,6 +99,9 @@ class AgentService:
             labels=dict(request.labels),
             generation=ref.generation,
             epoch=ref.epoch,
+            sources=tuple(
+                source_from_wire(source, f"images[{index}]") for index, source in enumerate(request.images)
+            ),
         )
         return _reply(await self._manager.create(assignment, start=request.start))
 
@@ -117,6 +123,19 @@ class AgentService:
     ) -> agent_pb2.DeleteInstanceReply:
         existed = await self._manager.delete(_ref(request.ref), grace_s=_grace(request))
         return agent_pb2.DeleteInstanceReply(existed=existed)
+
+    async def update_instance(
+        self, request: agent_pb2.UpdateInstanceRequest, _: Call
+    ) -> agent_pb2.InstanceReply:
+        wrong = [
+            FieldViolation(field, "must be more than 0")
+            for field, value in (("cpu_cores", request.cpu_cores), ("memory_mb", request.memory_mb))
+            if not value > 0
+        ]
+        if wrong:
+            raise InvalidArgument.of_fields(tuple(wrong))
+        sizes = Sizes(cpu_millis=millicores(request.cpu_cores), memory_mb=request.memory_mb)
+        return _reply(await self._manager.update(_ref(request.ref), sizes))
 
     async def pause_instance(
         self, request: agent_pb2.InstanceActionRequest, _: Call

@@ -8,17 +8,20 @@ Every method brings the instance from one settled state to another or, after a c
 - Other failed actions leave the instance as its driver then shows it: the caller decides.
 """
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
 
 import msgspec
 import structlog
 
-from hypervisor.agent.drivers.driver import Assignment, Driver
+from hypervisor.agent.drivers.driver import Assignment, Driver, LocalImage
 from hypervisor.agent.drivers.guard import GuardedDriver
 from hypervisor.agent.drivers.health import DriverHealth
 from hypervisor.agent.drivers.instances import LocalInstances, Slot
 from hypervisor.agent.entries import Entry, Phase
-from hypervisor.core.errors import DeadlineExceeded, HypervisorError, NotFound, Unavailable
+from hypervisor.agent.images.providing import ImageProvider, NoImages
+from hypervisor.core.errors import Cancelled, DeadlineExceeded, HypervisorError, NotFound, Unavailable
+from hypervisor.core.images import ImageKind
 from hypervisor.core.model import Observation
 from hypervisor.core.states import ACTIVE, InstanceStatus
 
@@ -41,9 +44,13 @@ _log = structlog.get_logger(__name__)
 class Actions:
     """See the module's docstring. The caller holds the slot."""
 
-    def __init__(self, *, instances: LocalInstances, drivers: DriverHealth) -> None:
+    def __init__(
+        self, *, instances: LocalInstances, drivers: DriverHealth, images: ImageProvider | None = None
+    ) -> None:
         self._instances = instances
         self._drivers = drivers
+        self._images: ImageProvider = images or NoImages()
+        self._providing: dict[str, asyncio.Task[dict[str, LocalImage]]] = {}
 
     async def create(self, slot: Slot, assignment: Assignment, *, driver: Driver, start: bool) -> Observation:
         """Make the instance and, with ``start``, start it."""
@@ -107,6 +114,7 @@ class Actions:
             raise
         finally:
             slot.busy = False
+        await self._images.release(slot.instance_id)
         self._instances.forget(slot)
         return existed
 
@@ -155,6 +163,7 @@ class Actions:
                 await self._undo(slot, entry, driver)
             case Phase.DELETING:
                 await driver.delete(slot.instance_id)
+                await self._images.release(slot.instance_id)
                 self._instances.forget(slot)
             case Phase.STOPPING | Phase.STARTING | Phase.RESTARTING:
                 try:
@@ -183,7 +192,9 @@ class Actions:
         asked_at = self._instances.book.events_of(slot.instance_id)
         self._begin(slot, Phase.CREATING)
         try:
-            handle = await driver.create(entry.assignment)
+            images = await self._provide(entry.assignment)
+            handle = await driver.create(msgspec.structs.replace(entry.assignment, images=images))
+            await self._release_unpacked(slot.instance_id, images)
             seen = await driver.get(slot.instance_id) if resumed or not entry.start else None
             # A create that was cut off may have come as far as the start, and the instance may have ended since.
             if entry.start and (seen is None or seen.started_at is None):
@@ -200,6 +211,48 @@ class Actions:
         finally:
             slot.busy = False
 
+    def renew_sources(self, slot: Slot, assignment: Assignment) -> None:
+        """The create is asked for again: the servers that have its images may be others by now."""
+        entry = slot.entry
+        if entry is not None and entry.assignment is not None and entry.generation == assignment.generation:
+            known = msgspec.structs.replace(entry.assignment, sources=assignment.sources)
+            slot.entry = msgspec.structs.replace(entry, assignment=known)
+
+    def abandon(self, instance_id: str) -> None:
+        """Let a create that waits for its images fail now, as the instance is to be deleted."""
+        waiting = self._providing.get(instance_id)
+        if waiting is not None:
+            waiting.cancel()
+
+    async def _provide(self, assignment: Assignment) -> dict[str, LocalImage]:
+        """The assignment's images as files. Cancelled (``CREATE_ABANDONED``) after :meth:`abandon`."""
+        if not assignment.sources:
+            return {}
+        obtaining = asyncio.create_task(
+            self._images.obtain(assignment.instance_id, assignment.sources),
+            name=f"images-{assignment.instance_id}",
+        )
+        self._providing[assignment.instance_id] = obtaining
+        try:
+            await asyncio.wait({obtaining})
+            if obtaining.cancelled():
+                raise Cancelled(
+                    f"instance {assignment.instance_id} is to be deleted: its images are not waited for",
+                    reason="CREATE_ABANDONED",
+                )
+            return obtaining.result()
+        finally:
+            del self._providing[assignment.instance_id]
+            if not obtaining.done():
+                obtaining.cancel()
+                await asyncio.wait({obtaining})
+
+    async def _release_unpacked(self, instance_id: str, images: Mapping[str, LocalImage]) -> None:
+        """Archives are of no more use once the runtime has unpacked them."""
+        archives = [image.sha256 for image in images.values() if image.kind is ImageKind.OCI_ARCHIVE]
+        if archives:
+            await self._images.release(instance_id, digests=archives)
+
     async def _undo(self, slot: Slot, entry: Entry, driver: Driver, *, swallow: bool = False) -> None:
         slot.entry = msgspec.structs.replace(
             entry, phase=Phase.UNDOING, assignment=None, since=self._instances.clock.now()
@@ -214,6 +267,7 @@ class Actions:
             if not swallow:
                 raise
             return
+        await self._images.release(slot.instance_id)
         self._instances.forget(slot)
 
     async def _change(

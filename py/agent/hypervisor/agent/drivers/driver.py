@@ -34,6 +34,7 @@ from typing import Protocol, runtime_checkable
 import msgspec
 
 from hypervisor.agent.stats.sources import StatsSource
+from hypervisor.core.images import ImageKind, ImageSource
 from hypervisor.core.model import ConsoleSize, DriverInfo, InstanceSpec, Observation
 from hypervisor.core.states import InstanceType
 
@@ -45,6 +46,7 @@ __all__ = [
     "Driver",
     "EndpointConsole",
     "Handle",
+    "LocalImage",
 ]
 
 VERBS = (
@@ -59,14 +61,29 @@ VERBS = (
     "recover",
     "exit-events",
     "oom-events",
+    "update",
     "pause",
     "suspend",
     "snapshot",
     "snapshot-diff",
 )
-"""Verbs every driver lists in its capabilities, supported or not: the last four need what :mod:`.powers` describes."""
+"""Verbs every driver lists in its capabilities, supported or not: the last five need what :mod:`.powers` describes."""
 
 Handle = Mapping[str, str]
+
+
+class LocalImage(msgspec.Struct, frozen=True, kw_only=True):
+    """An image as a file of this node: read-only, whole, verified, and there until the instance is deleted.
+
+    ``format`` is what the content is (``qcow2``, ``raw``, ``bzimage``; see Image.format in image.proto): tell it to
+    whatever reads the file, for a raw disk's content can look like anything.
+    """
+
+    path: str
+    kind: ImageKind
+    format: str
+    size_bytes: int
+    sha256: str
 
 
 class Assignment(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,6 +97,10 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True):
     labels: dict[str, str] = {}
     generation: int = 1
     epoch: int = 1
+    sources: tuple[ImageSource, ...] = ()
+    """The images that ``spec`` names as ``image:NAME``, and where they are to be had."""
+    images: dict[str, LocalImage] = {}
+    """The same as files, by name: filled in when the driver is asked. Drivers look them up by :mod:`.local_images`."""
 
 
 class Console(Protocol):

@@ -13,6 +13,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from hypervisor.agent.drivers import fake_snapshots
 from hypervisor.agent.drivers.driver import VERBS, Assignment, Handle
 from hypervisor.agent.drivers.fake_faults import FakeFaults
@@ -21,7 +23,7 @@ from hypervisor.agent.drivers.fake_state import FakeRecord, FakeStateDirectory
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import FailedPrecondition, InvalidArgument, NotFound
 from hypervisor.core.machines import Snapshot, SnapshotKind
-from hypervisor.core.model import Capability, ConsoleSize, DriverInfo, Observation
+from hypervisor.core.model import Capability, ConsoleSize, DriverInfo, Observation, Sizes
 from hypervisor.core.resources import MIB
 from hypervisor.core.states import InstanceStatus, InstanceType
 
@@ -147,6 +149,14 @@ class FakeDriver:
         await self._enter("restart")
         await self.stop(instance_id, grace_s=grace_s)
         return await self.start(instance_id)
+
+    async def update(self, instance_id: str, sizes: Sizes) -> Observation:
+        await self._enter("update")
+        instance = self._find(instance_id)
+        assignment = instance.record.assignment
+        instance.record.assignment = msgspec.structs.replace(assignment, spec=sizes.of(assignment.spec))
+        await self._save(instance_id)
+        return self._observe(instance)
 
     async def pause(self, instance_id: str) -> Observation:
         return await self._freeze(instance_id, paused=True)

@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 import structlog
 
 from hypervisor.agent.drivers.driver import Assignment, Console, Driver, Handle
-from hypervisor.agent.drivers.powers import Pausing, Snapshotting, Suspending
+from hypervisor.agent.drivers.powers import Pausing, Snapshotting, Suspending, Updating
 from hypervisor.agent.stats.sources import StatsSource
 from hypervisor.core.errors import DeadlineExceeded, HypervisorError, Internal, Unimplemented
 from hypervisor.core.machines import Snapshot, SnapshotKind
-from hypervisor.core.model import DriverInfo, Observation
+from hypervisor.core.model import DriverInfo, Observation, Sizes
 
 __all__ = ["DriverDeadlines", "GuardedDriver"]
 
@@ -78,6 +78,11 @@ class GuardedDriver:
     async def recover(self, instance_id: str, handle: Handle) -> Observation | None:
         return await self._call("recover", self._inner.recover(instance_id, handle), self._deadlines.action_s)
 
+    async def update(self, instance_id: str, sizes: Sizes) -> Observation:
+        return await self._call(
+            "update", self._updating().update(instance_id, sizes), self._deadlines.action_s
+        )
+
     async def pause(self, instance_id: str) -> Observation:
         inner = self._pausing()
         return await self._call("pause", inner.pause(instance_id), self._deadlines.action_s)
@@ -118,6 +123,11 @@ class GuardedDriver:
 
     # Whether the driver says in its capabilities that it has a power was looked at before; here a driver is caught that
     # says so and has not.
+
+    def _updating(self) -> Updating:
+        if not isinstance(self._inner, Updating):
+            raise self._lacks("update")
+        return self._inner
 
     def _pausing(self) -> Pausing:
         if not isinstance(self._inner, Pausing):

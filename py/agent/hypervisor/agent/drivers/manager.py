@@ -22,11 +22,12 @@ from hypervisor.agent.drivers.health import DriverHealth
 from hypervisor.agent.drivers.instances import InstanceRef, LocalInstances, Slot
 from hypervisor.agent.drivers.recovery import Recovery
 from hypervisor.agent.entries import Entry, Phase
+from hypervisor.agent.images.providing import ImageProvider
 from hypervisor.agent.stats.sources import StatsSource
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import HypervisorError, Internal, NotFound, Unavailable
 from hypervisor.core.machines import Snapshot, SnapshotKind
-from hypervisor.core.model import Observation
+from hypervisor.core.model import Observation, Sizes
 from hypervisor.core.retry import Backoff
 from hypervisor.core.states import InstanceStatus
 
@@ -45,13 +46,19 @@ class Manager:
     """See the module's docstring. :meth:`run` must be running; calls before :meth:`ready` returns are refused."""
 
     def __init__(
-        self, *, instances: LocalInstances, drivers: DriverHealth, clock: Clock, rng: random.Random
+        self,
+        *,
+        instances: LocalInstances,
+        drivers: DriverHealth,
+        clock: Clock,
+        rng: random.Random,
+        images: ImageProvider | None = None,
     ) -> None:
         self._instances = instances
         self._drivers = drivers
         self._clock = clock
         self._rng = rng
-        self._actions = Actions(instances=instances, drivers=drivers)
+        self._actions = Actions(instances=instances, drivers=drivers, images=images)
         self._recovery = Recovery(instances=instances, drivers=drivers, actions=self._actions)
         self._group: asyncio.TaskGroup | None = None
         self._ready = asyncio.Event()
@@ -82,6 +89,7 @@ class Manager:
     async def create(self, assignment: Assignment, *, start: bool) -> Observation:
         """Make an instance and, with ``start``, start it. A repeat finds it made."""
         ref = InstanceRef(assignment.instance_id, assignment.generation, assignment.epoch)
+        self._abandon(ref, older_than=ref.epoch)
 
         async def work(slot: Slot) -> Observation:
             self._instances.refuse_stale(slot, ref)
@@ -89,6 +97,7 @@ class Manager:
                 _log.info("instance_superseded", instance=ref.instance_id, epoch=ref.epoch)
                 await self._actions.delete(slot, slot.entry, grace_s=0.0)
             if slot.entry is not None and slot.entry.phase is not Phase.READY:
+                self._actions.renew_sources(slot, assignment)
                 await self._actions.settle(slot)
             if slot.entry is not None:
                 return await self._create_again(slot, ref, start=start)
@@ -129,6 +138,7 @@ class Manager:
 
     async def delete(self, ref: InstanceRef, *, grace_s: float) -> bool:
         """Remove it and all it used, with up to ``grace_s`` seconds for a polite end; whether there was anything."""
+        self._abandon(ref, older_than=ref.epoch + 1)
 
         async def work(slot: Slot) -> bool:
             self._instances.refuse_stale(slot, ref)
@@ -139,6 +149,10 @@ class Manager:
             return True
 
         return await self._act(ref.instance_id, work)
+
+    async def update(self, ref: InstanceRef, sizes: Sizes) -> Observation:
+        """Give it more or less of the node."""
+        return await self._ask(ref, "update", lambda driver: driver.update(ref.instance_id, sizes))
 
     async def pause(self, ref: InstanceRef) -> Observation:
         """Freeze it; one that is paused is left alone."""
@@ -246,6 +260,12 @@ class Manager:
             await self._actions.settle(slot)
             entry = self._instances.existing(slot, ref)
         return entry
+
+    def _abandon(self, ref: InstanceRef, *, older_than: int) -> None:
+        """A copy that is to go must not make the call that says so wait for its images."""
+        slot = self._instances.find(ref.instance_id)
+        if slot is not None and slot.entry is not None and slot.entry.epoch < older_than:
+            self._actions.abandon(ref.instance_id)
 
     async def _delete_unknown(self, slot: Slot) -> bool:
         """Without an entry there should be nothing; the drivers that can be reached make sure."""

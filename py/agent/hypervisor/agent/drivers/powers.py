@@ -8,9 +8,22 @@ instance at a time, errors of hypervisor.core.errors, nothing half-made left beh
 from typing import Protocol, runtime_checkable
 
 from hypervisor.core.machines import Snapshot, SnapshotKind
-from hypervisor.core.model import Observation
+from hypervisor.core.model import Observation, Sizes
 
-__all__ = ["Pausing", "Snapshotting", "Suspending"]
+__all__ = ["Pausing", "Snapshotting", "Suspending", "Updating"]
+
+
+@runtime_checkable
+class Updating(Protocol):
+    """Changing how much it has of the node, while it is there (``update``)."""
+
+    async def update(self, instance_id: str, sizes: Sizes) -> Observation:
+        """Have it limited to these sizes, now and after each start; a repeat finds it done.
+
+        One that runs gets them at once, or ``FailedPrecondition`` (``UPDATE_REFUSED``) says why its runtime or its
+        guest does not allow that, and nothing has changed.
+        """
+        ...
 
 
 @runtime_checkable

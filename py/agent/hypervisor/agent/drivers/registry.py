@@ -4,6 +4,7 @@ An entry point of the group ``hypervisor.drivers`` names a :class:`DriverFactory
 why, at start-up and in the node's DriverInfo, and the others go on.
 """
 
+import os
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,14 +15,14 @@ import structlog
 
 from hypervisor.agent.config import ContainerdSection
 from hypervisor.agent.config_machines import LibvirtSection, MachinesSection, MicrovmSection
-from hypervisor.agent.drivers.driver import VERBS, Driver
+from hypervisor.agent.drivers.driver import Driver
 from hypervisor.agent.drivers.fake import FakeConfig, FakeDriver
 from hypervisor.agent.drivers.guard import DriverDeadlines, GuardedDriver
 from hypervisor.agent.drivers.health import OfferedDriver
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import HypervisorError, Unavailable
 from hypervisor.core.ids import IdSource
-from hypervisor.core.model import Capability, DriverInfo
+from hypervisor.core.model import DriverInfo
 from hypervisor.core.states import InstanceType
 
 __all__ = ["DRIVERS", "ENTRY_POINTS", "DriverContext", "DriverFactory", "Drivers", "make_drivers"]
@@ -80,6 +81,33 @@ def _make_containerd(context: DriverContext) -> Driver:
     return ContainerdDriver(config, clock=context.clock, rng=context.rng, new_id=context.new_id)
 
 
+def _make_microvm(context: DriverContext) -> Driver:
+    # Imported here: nodes without microVMs do not need an HTTP client.
+    from hypervisor.agent.drivers.microvm import FirecrackerVmm, MicrovmConfig, MicrovmDriver
+    from hypervisor.agent.drivers.microvm.qemu import QemuVmm
+    from hypervisor.agent.drivers.microvm.qemu_command import Accelerator
+
+    section, machines = context.microvm, context.machines
+    config = MicrovmConfig(
+        data_dir=section.data_dir,
+        run_dir=section.run_dir,
+        roots=machines.roots,
+        bridges=machines.bridges,
+        kernel=machines.kernel,
+        vmm=section.vmm,
+        probe_timeout_s=section.probe_timeout,
+        jail=section.jail,
+        first_uid=section.first_uid,
+    )
+    jailer = section.jailer if section.jail and os.geteuid() == 0 else None
+    vmms = (
+        FirecrackerVmm(section.firecracker, jailer=jailer, clock=context.clock),
+        QemuVmm(section.qemu, Accelerator.KVM, clock=context.clock),
+        QemuVmm(section.qemu, Accelerator.TCG, clock=context.clock),
+    )
+    return MicrovmDriver(config, vmms, clock=context.clock, new_id=context.new_id)
+
+
 def _make_libvirt(context: DriverContext) -> Driver:
     try:
         # Imported here: libvirt's module needs libvirt's shared library, and nodes without virtual machines have none.
@@ -107,26 +135,14 @@ def _make_fake(context: DriverContext) -> Driver:
 
 DRIVERS: Mapping[str, DriverFactory] = {
     "containerd": DriverFactory("containerd", (InstanceType.CONTAINER,), _make_containerd),
+    "microvm": DriverFactory("microvm", (InstanceType.MICROVM,), _make_microvm),
     "fake": DriverFactory("fake", tuple(InstanceType), _make_fake),
     "libvirt": DriverFactory("libvirt", (InstanceType.VM,), _make_libvirt),
 }
 """Drivers of this package."""
 
-_BY_TYPE: Mapping[str, str] = {"container": "containerd", "vm": "libvirt"}
+_BY_TYPE: Mapping[str, str] = {"container": "containerd", "vm": "libvirt", "microvm": "microvm"}
 """Which of them ``drivers.enabled`` means by an instance type."""
-
-_LATER: Mapping[str, DriverInfo] = {
-    "microvm": DriverInfo(
-        name="firecracker",
-        types=(InstanceType.MICROVM,),
-        available=False,
-        reason="microVMs come with the Firecracker driver, which is not in this version",
-        capabilities=tuple(
-            Capability(verb=verb, supported=False, reason="the Firecracker driver is not in this version")
-            for verb in VERBS
-        ),
-    ),
-}
 
 
 def make_drivers(
@@ -150,9 +166,6 @@ def make_drivers(
     taken: set[InstanceType] = set()
     for word in dict.fromkeys(enabled):
         name = _BY_TYPE.get(word, word)
-        if word in _LATER:
-            missing.append(_LATER[word])
-            continue
         try:
             factory = table[name] if name in table else _load(found, name)
             driver = factory.make(context)

@@ -71,7 +71,8 @@ _DESCRIBING = frozenset(
 @click.option(
     "--image",
     metavar="IMAGE",
-    help="What it boots or runs: a reference the node has, or oci-archive:/path/on/the/node.tar[#name:tag].",
+    help="What it boots or runs: image:NAME (see 'image list'), a reference the node has, or "
+    "oci-archive:/path/on/the/node.tar[#name:tag].",
 )
 @click.option("--cpu", metavar="CORES", help="Processors, such as 2, 0.5 or 500m. Default: 1.")
 @click.option("--memory", metavar="SIZE", help="Memory limit, such as 256MiB (the default) or 2GiB.")

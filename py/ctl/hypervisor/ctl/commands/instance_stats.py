@@ -52,6 +52,9 @@ def stats(
     Times of day are UTC; what ends in /S is per second, since the sample before. -o wide adds totals, throttling, and
     the share of time in which it waited for a resource.
     """
+    for option, given in (("--interval", interval), ("--history", history)):
+        if given is not None and not watch:
+            raise click.UsageError(f"{option} goes with --watch: one sample is shown without it")
     session = invocation.session()
     if watch:
         request = WatchInstanceStatsRequest(instance=instance, project=project)
@@ -67,10 +70,6 @@ def stats(
             for number, sample in enumerate(samples):
                 _print_sample(invocation, instance, sample, number)
         return
-    if interval is not None:
-        raise click.UsageError("--interval goes with --watch")
-    if history is not None:
-        raise click.UsageError("--history goes with --watch")
     sample = session.read(
         session.compute.GetInstanceStats,
         GetInstanceStatsRequest(instance=instance, project=project),

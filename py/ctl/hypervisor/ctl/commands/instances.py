@@ -17,6 +17,7 @@ __all__ = ["instance"]
         "start": Place("instance_actions:start", "Start stopped instances."),
         "stop": Place("instance_actions:stop", "Stop instances: politely, then by force."),
         "restart": Place("instance_actions:restart", "Stop instances and start them again."),
+        "update": Place("instance_update:update", "Change how much processor and memory an instance has."),
         "pause": Place("instance_states:pause", "Freeze running instances in memory."),
         "resume": Place("instance_states:resume", "Let paused instances go on."),
         "suspend": Place("instance_states:suspend", "Put the memory of instances on disk and end them."),

@@ -219,7 +219,7 @@ class _Attachment:
             self._request.recorder.output(data)
         self._shown += len(data)
         # Only what our terminal has taken is asked for again, and not for each keystroke's echo.
-        if self._shown >= _WINDOW // 4:
+        if self._shown >= _WINDOW // 2:
             self._send(ConsoleInput(credit=self._shown))
             self._shown = 0
 

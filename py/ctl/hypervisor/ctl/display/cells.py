@@ -8,6 +8,7 @@ from hypervisor.ctl.quantities import age, readable_bytes
 if TYPE_CHECKING:
     from google.protobuf.timestamp_pb2 import Timestamp
 
+    from hypervisor.v1.image_pb2 import Image
     from hypervisor.v1.instance_pb2 import Instance, Toleration
     from hypervisor.v1.node_pb2 import DriverInfo, Node, Taint
     from hypervisor.v1.operation_pb2 import Operation
@@ -17,6 +18,7 @@ __all__ = [
     "drivers",
     "enum_name",
     "exit_of",
+    "image_state",
     "instance_status",
     "labels",
     "memory_of",
@@ -83,6 +85,14 @@ def instance_status(instance: "Instance") -> str:
     if instance.status in (InstanceStatus.INSTANCE_STATUS_FAILED, InstanceStatus.INSTANCE_STATUS_UNKNOWN):
         return f"{status} ({instance.status_reason})" if instance.status_reason else status
     return status
+
+
+def image_state(image: "Image") -> str:
+    """The state, or that no server alive has the content."""
+    from hypervisor.v1.image_pb2 import ImageState
+
+    state = enum_name(ImageState.Name(image.state), "IMAGE_STATE_")
+    return state if image.servers or state != "ready" else "unavailable"
 
 
 def exit_of(instance: "Instance") -> str:

@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from google.protobuf.timestamp_pb2 import Timestamp
 
     from hypervisor.v1.cluster_pb2 import Event
+    from hypervisor.v1.image_pb2 import Image
     from hypervisor.v1.instance_pb2 import Instance, InstanceStats, Pressure, Snapshot
     from hypervisor.v1.node_pb2 import Node
     from hypervisor.v1.operation_pb2 import Operation
 
 __all__ = [
     "event_columns",
+    "image_columns",
     "instance_columns",
     "node_columns",
     "operation_columns",
@@ -48,6 +50,31 @@ def instance_columns(now_s: float, hostnames: Mapping[str, str]) -> "list[Column
         Column("RUNTIME", lambda i: i.runtime, wide=True, shrinks=True),
         Column("LABELS", lambda i: cells.labels(i.labels), wide=True, shrinks=True),
         Column("MESSAGE", lambda i: i.status_message, wide=True, shrinks=True),
+    ]
+
+
+def image_columns(now_s: float) -> "list[Column[Image]]":
+    """Images."""
+    from hypervisor.v1.image_pb2 import ImageKind
+
+    return [
+        Column("NAME", lambda i: i.name),
+        Column("KIND", lambda i: cells.enum_name(ImageKind.Name(i.kind), "IMAGE_KIND_")),
+        Column("FORMAT", lambda i: i.format),
+        Column("SIZE", lambda i: readable_bytes(i.size_bytes), right=True),
+        Column("STATE", cells.image_state),
+        Column("SHA256", lambda i: i.sha256[:12]),
+        Column("AGE", lambda i: cells.since(i.created_at, now_s), right=True),
+        Column("ID", lambda i: i.id, wide=True),
+        Column("PROJECT", lambda i: i.project, wide=True),
+        Column(
+            "VIRTUAL SIZE",
+            lambda i: readable_bytes(i.virtual_size_bytes) if i.virtual_size_bytes else "",
+            wide=True,
+            right=True,
+        ),
+        Column("BY", lambda i: i.created_by, wide=True),
+        Column("SERVERS", lambda i: ",".join(i.servers), wide=True, shrinks=True),
     ]
 
 

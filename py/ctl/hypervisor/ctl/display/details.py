@@ -11,11 +11,19 @@ if TYPE_CHECKING:
     from google.protobuf.timestamp_pb2 import Timestamp
 
     from hypervisor.v1.cluster_pb2 import ClusterInfo
+    from hypervisor.v1.image_pb2 import Image
     from hypervisor.v1.instance_pb2 import AffinityTerm, Instance, LabelConstraint, SpreadTerm
     from hypervisor.v1.node_pb2 import DriverInfo, Node
     from hypervisor.v1.operation_pb2 import Operation
 
-__all__ = ["cluster_details", "instance_details", "labelled", "node_details", "operation_details"]
+__all__ = [
+    "cluster_details",
+    "image_details",
+    "instance_details",
+    "labelled",
+    "node_details",
+    "operation_details",
+]
 
 Pairs = Iterable[tuple[str, str]]
 _MIB = 1 << 20
@@ -55,6 +63,31 @@ def _term(term: "AffinityTerm | SpreadTerm") -> str:
     prefix = "preferred " if soft and not isinstance(term, SpreadTerm) else ""
     weight = f" (weight {term.weight})" if soft and term.weight != _DEFAULT_WEIGHT else ""
     return f"{prefix}{', '.join(map(_constraint, term.selector))} by {term.topology}{weight}"
+
+
+def image_details(image: "Image", *, now_s: float) -> str:
+    """An image."""
+    from hypervisor.v1.image_pb2 import ImageKind
+
+    virtual = image.virtual_size_bytes
+    return labelled(
+        [
+            ("Name", image.name),
+            ("ID", image.id),
+            ("Project", image.project),
+            ("Kind", cells.enum_name(ImageKind.Name(image.kind), "IMAGE_KIND_")),
+            ("Format", image.format),
+            ("State", cells.image_state(image)),
+            ("Size", f"{readable_bytes(image.size_bytes)} ({image.size_bytes} bytes)"),
+            ("Virtual size", f"{readable_bytes(virtual)} ({virtual} bytes)" if virtual else ""),
+            ("SHA-256", image.sha256),
+            ("Created", _moment(image.created_at, now_s)),
+            ("By", image.created_by),
+            ("Servers", ", ".join(image.servers)),
+            ("Use it as", f"image:{image.name}"),
+            ("Version", str(image.resource_version)),
+        ]
+    )
 
 
 def instance_details(instance: "Instance", *, node: "Node | None", now_s: float) -> str:

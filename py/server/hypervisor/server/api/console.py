@@ -170,6 +170,8 @@ async def _first(requests: AsyncIterator[instance_pb2.ConsoleInput]) -> instance
 
 def _messages(event: ConsoleEvent) -> tuple[instance_pb2.ConsoleOutput | bytes, ...]:
     match event:
+        case ConsoleData(message=bytes() as encoded) if len(event.data) <= MAX_DATA_BYTES:
+            return (encoded,)
         case ConsoleData():
             pieces = range(0, len(event.data), MAX_DATA_BYTES)
             return tuple(console_data_to_wire(event.data[at : at + MAX_DATA_BYTES]) for at in pieces)

@@ -4,7 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from hypervisor.core.errors import InvalidArgument
 from hypervisor.core.ids import is_id
+from hypervisor.core.images import IMAGE_PREFIX, image_name_of
 from hypervisor.core.names import check_dns_label, check_labels, shorten
 from hypervisor.core.states import DesiredState, InstanceType
 from hypervisor.server.api.machine_requests import check_machine
@@ -18,6 +20,7 @@ from hypervisor.wire.instances import spec_from_wire
 __all__ = [
     "InstanceRequest",
     "VersionedRequest",
+    "check_sizes",
     "draft_of",
     "draft_of_instance",
     "read_ref_of",
@@ -144,14 +147,14 @@ def draft_of_instance(
 def _check_spec(
     wrong: Violations, spec: instance_pb2.InstanceSpec, kind: InstanceType | None, at: str
 ) -> None:
-    _check_sizes(wrong, spec, at)
+    check_sizes(wrong, spec, at)
     _check_image(wrong, spec, kind, at)
     if kind is InstanceType.CONTAINER:
         _refuse_fields(wrong, spec, _MACHINE_FIELDS, at, "is for vm and microvm only: remove it")
     elif kind is not None:
         _refuse_fields(wrong, spec, _CONTAINER_FIELDS, at, "is for containers only: remove it")
-    _check_path(wrong, f"{at}kernel_path", spec.kernel_path)
-    _check_path(wrong, f"{at}initrd_path", spec.initrd_path)
+    _check_file(wrong, f"{at}kernel_path", spec.kernel_path)
+    _check_file(wrong, f"{at}initrd_path", spec.initrd_path)
     _check_path(wrong, f"{at}working_dir", spec.working_dir)
     wrong.text(f"{at}kernel_args", spec.kernel_args, max_bytes=_MAX_KERNEL_ARGS_BYTES)
     if not spec.kernel_path and kind is not InstanceType.CONTAINER:
@@ -168,7 +171,8 @@ def _check_spec(
         wrong.add(f"{at}node", f"is {len(spec.node)} characters long: give a node's id or host name")
 
 
-def _check_sizes(wrong: Violations, spec: instance_pb2.InstanceSpec, at: str) -> None:
+def check_sizes(wrong: Violations, spec: instance_pb2.InstanceSpec, at: str) -> None:
+    """Note amounts of processor, memory, disk and processes that are out of range."""
     cores = spec.cpu_cores
     if spec.HasField("cpu_cores") and not (math.isfinite(cores) and 0.001 <= cores <= _MAX_CPU_CORES):
         wrong.add(f"{at}cpu_cores", f"is {cores:g}: use 0.001 to {_MAX_CPU_CORES}, or leave it out for 1")
@@ -187,10 +191,13 @@ def _check_image(
         wrong.add(f"{at}image", f"is {size} bytes long: use at most {_MAX_IMAGE_BYTES}")
     elif not spec.image.isprintable() or " " in spec.image:
         wrong.add(f"{at}image", f"{shorten(spec.image)} has spaces or characters that cannot be printed")
+    elif spec.image.startswith(IMAGE_PREFIX):
+        _check_image_name(wrong, f"{at}image", spec.image)
     elif not spec.image and kind is InstanceType.CONTAINER:
         wrong.add(
             f"{at}image",
-            "is required: give a reference such as docker.io/library/busybox:1.36, or oci-archive:/path/on/the/node",
+            "is required: give a reference such as docker.io/library/busybox:1.36, image:NAME for an image of the "
+            "cluster, or oci-archive:/path/on/the/node",
         )
     elif not spec.image and not spec.kernel_path and kind is not None:
         wrong.add(f"{at}image", f"is required unless {at}kernel_path is given: say what to boot")
@@ -203,6 +210,21 @@ def _refuse_fields(
     for name in names:
         if name in present:
             wrong.add(f"{at}{name}", why)
+
+
+def _check_image_name(wrong: Violations, field: str, value: str) -> None:
+    try:
+        image_name_of(value, field)
+    except InvalidArgument as exc:
+        wrong.extend(*exc.violations)
+
+
+def _check_file(wrong: Violations, field: str, value: str) -> None:
+    """A file on the node, or an image."""
+    if value.startswith(IMAGE_PREFIX):
+        _check_image_name(wrong, field, value)
+    else:
+        _check_path(wrong, field, value)
 
 
 def _check_path(wrong: Violations, field: str, path: str) -> None:

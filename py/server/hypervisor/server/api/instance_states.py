@@ -1,4 +1,4 @@
-"""ComputeService: freezing, putting on disk, and snapshots. Parses, calls, converts."""
+"""ComputeService: changing sizes, freezing, putting on disk, and snapshots. Parses, calls, converts."""
 
 from hypervisor.core.machines import SnapshotKind
 from hypervisor.core.names import check_dns_label
@@ -6,6 +6,7 @@ from hypervisor.server.api.digest import payload_digest
 from hypervisor.server.api.encoding import Encoder
 from hypervisor.server.api.instance_requests import ref_of, versioned_ref_of
 from hypervisor.server.api.rpc import Call, Handler
+from hypervisor.server.api.update_requests import update_of
 from hypervisor.server.api.violations import Violations
 from hypervisor.server.services import InstanceRef, Instances, Mutation
 from hypervisor.v1 import compute_pb2, operation_pb2
@@ -33,6 +34,7 @@ class InstanceStateHandlers:
     def handlers(self) -> dict[str, Handler]:
         """This part of what ComputeService offers."""
         return {
+            "UpdateInstance": self.update,
             "PauseInstance": self.pause,
             "ResumeInstance": self.resume,
             "SuspendInstance": self.suspend,
@@ -41,6 +43,13 @@ class InstanceStateHandlers:
             "RestoreSnapshot": self.restore_snapshot,
             "DeleteSnapshot": self.delete_snapshot,
         }
+
+    async def update(self, request: compute_pb2.UpdateInstanceRequest, call: Call) -> operation_pb2.Operation:
+        ref, cpu_millis, memory_mb = update_of(request)
+        decided = await self._instances.update(
+            ref, _mutation(request, call), cpu_millis=cpu_millis, memory_mb=memory_mb
+        )
+        return self._encoder.operation(decided)
 
     async def pause(self, request: compute_pb2.PauseInstanceRequest, call: Call) -> operation_pb2.Operation:
         decided = await self._instances.pause(_target(request), _mutation(request, call))
@@ -106,7 +115,7 @@ def _target(request: _Action | _OfSnapshot, wrong: Violations | None = None) -> 
     return ref
 
 
-def _mutation(request: _Action | _OfSnapshot, call: Call) -> Mutation:
+def _mutation(request: _Action | _OfSnapshot | compute_pb2.UpdateInstanceRequest, call: Call) -> Mutation:
     return Mutation(
         caller=call.caller,
         request_id=request.request_id,

@@ -6,6 +6,7 @@ from hypervisor.server.api.encoding import Encoder
 from hypervisor.server.api.listing import Field, Listing, ListQuery, PageMemo, sortable_time
 from hypervisor.server.api.rpc import Call, Handler
 from hypervisor.server.api.violations import Violations
+from hypervisor.server.images.contract import OBJECT_KIND
 from hypervisor.server.services import ClusterView, Kind, Operations, Versioned
 from hypervisor.v1 import operation_pb2
 
@@ -20,7 +21,9 @@ LISTING: Listing[_Found] = Listing(
     fields={
         "id": Field(lambda o: o.value.id),
         "verb": Field(lambda o: o.value.verb),
-        "object_kind": Field(lambda o: o.value.object_kind, choices=(Kind.INSTANCE.value, Kind.NODE.value)),
+        "object_kind": Field(
+            lambda o: o.value.object_kind, choices=(Kind.INSTANCE.value, Kind.NODE.value, OBJECT_KIND)
+        ),
         "object_id": Field(lambda o: o.value.object_id),
         "object_name": Field(lambda o: o.value.object_name),
         "project": Field(lambda o: o.value.project),

@@ -13,6 +13,7 @@ from hypervisor.core.errors import FailedPrecondition
 from hypervisor.server.api.console import ConsoleHandlers
 from hypervisor.server.api.encoding import Encoder
 from hypervisor.server.api.events import EventHandlers
+from hypervisor.server.api.images import ImageHandlers
 from hypervisor.server.api.instance_states import InstanceStateHandlers
 from hypervisor.server.api.instances import InstanceHandlers
 from hypervisor.server.api.nodes import About, ClusterIdentity, NodeHandlers
@@ -20,15 +21,18 @@ from hypervisor.server.api.operations import OperationHandlers
 from hypervisor.server.api.placements import PlacementHandlers
 from hypervisor.server.api.rpc import Dispatcher
 from hypervisor.server.explaining import Explainer
+from hypervisor.server.images.contract import Images
 from hypervisor.server.services import ClusterView, Instances, Nodes, Operations
-from hypervisor.v1 import cluster_pb2, compute_pb2, operation_pb2
+from hypervisor.v1 import cluster_pb2, compute_pb2, image_pb2, operation_pb2
+from hypervisor.wire.flow import STREAM_OPTIONS
 
 __all__ = ["Api", "ApiServer", "make_server"]
 
 _CLUSTER = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"]
 _COMPUTE = compute_pb2.DESCRIPTOR.services_by_name["ComputeService"]
+_IMAGE = image_pb2.DESCRIPTOR.services_by_name["ImageService"]
 _OPERATION = operation_pb2.DESCRIPTOR.services_by_name["OperationService"]
-SERVICE_NAMES = (_CLUSTER.full_name, _COMPUTE.full_name, _OPERATION.full_name)
+SERVICE_NAMES = (_CLUSTER.full_name, _COMPUTE.full_name, _IMAGE.full_name, _OPERATION.full_name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,7 @@ class Api:
     instances: Instances
     nodes: Nodes
     operations: Operations
+    images: Images
     explainer: Explainer
     clock: Clock
     about: About
@@ -53,12 +58,14 @@ class Api:
         nodes = NodeHandlers(self.view, self.nodes, encoder, self.identity, about=self.about)
         operations = OperationHandlers(self.view, self.operations, encoder)
         events = EventHandlers(self.view, encoder, self.clock)
+        images = ImageHandlers(self.view, self.images, encoder)
         console = ConsoleHandlers(self.instances)
         compute = instances.handlers | states.handlers | console.handlers | placements.compute
         server.add_generic_rpc_handlers(
             (
                 dispatcher.service(_COMPUTE, compute),
                 dispatcher.service(_CLUSTER, nodes.handlers | events.handlers | placements.cluster),
+                dispatcher.service(_IMAGE, images.handlers),
                 dispatcher.service(_OPERATION, operations.handlers),
             )
         )
@@ -117,6 +124,7 @@ def make_server(
         "grpc.keepalive_permit_without_calls": 1,
         "grpc.http2.min_ping_interval_without_data_ms": 5_000,
         "grpc.http2.max_pings_without_data": 0,
+        **dict(STREAM_OPTIONS),
         # Of an option that is given twice gRPC takes the first.
         **dict(extra_options),
     }

@@ -6,6 +6,7 @@ import random
 import re
 import resource
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import structlog
 from msgspec.structs import replace
@@ -13,7 +14,6 @@ from msgspec.structs import replace
 from hypervisor.agent.drivers.containerd import oci
 from hypervisor.agent.drivers.containerd.client import Client
 from hypervisor.agent.drivers.containerd.config import ContainerdConfig
-from hypervisor.agent.drivers.cpu_quota import apply_cpu_limit, cpu_limit
 from hypervisor.agent.drivers.containerd.events import EventFeed, EventHandlers
 from hypervisor.agent.drivers.containerd.images import ImageStore, ResolvedImage
 from hypervisor.agent.drivers.containerd.labels import Record
@@ -27,8 +27,11 @@ from hypervisor.agent.drivers.containerd.runtime_spec import MAX_OPEN_FILES, Hos
 from hypervisor.agent.drivers.containerd.start_errors import explain_start_failure
 from hypervisor.agent.drivers.containerd.swap_limit import forbid_swap, specification_limits_swap
 from hypervisor.agent.drivers.containerd.tracking import DRIVER_NAME, Live, Tracker
+from hypervisor.agent.drivers.containerd.updating import update_limits
+from hypervisor.agent.drivers.cpu_quota import apply_cpu_limit, cpu_limit
 from hypervisor.agent.drivers.driver import VERBS, Assignment, Console, Handle
 from hypervisor.agent.drivers.fifo_console import ConsoleFifos, FifoConsole
+from hypervisor.agent.drivers.local_images import local_image
 from hypervisor.agent.drivers.uninterrupted import uninterrupted
 from hypervisor.agent.stats.cgroups import sampler_sources
 from hypervisor.agent.stats.sources import StatsSource
@@ -42,7 +45,7 @@ from hypervisor.core.errors import (
     NotFound,
 )
 from hypervisor.core.ids import IdSource
-from hypervisor.core.model import Capability, ConsoleSize, DriverInfo, Observation
+from hypervisor.core.model import Capability, ConsoleSize, DriverInfo, Observation, Sizes
 from hypervisor.core.names import shorten
 from hypervisor.core.states import InstanceType
 
@@ -112,7 +115,10 @@ class ContainerdDriver:
             raise InvalidArgument.of_field("id", f"{shorten(instance_id)} cannot name a container")
         if assignment.type is not InstanceType.CONTAINER:
             raise InvalidArgument.of_field("type", f"containerd runs containers, not {assignment.type}")
-        image = await self._images.resolve(assignment.spec.image)
+        local = local_image(assignment, "image")
+        image = await self._images.resolve(
+            assignment.spec.image, archive=None if local is None else Path(local.path)
+        )
         spec = build_runtime_spec(
             assignment.spec,
             hostname=assignment.name,
@@ -314,6 +320,12 @@ class ContainerdDriver:
         """Stop and start."""
         await self.stop(instance_id, grace_s=grace_s)
         return await self.start(instance_id)
+
+    async def update(self, instance_id: str, sizes: Sizes) -> Observation:
+        """Other limits, at once and for later starts."""
+        async with self._tracker.locks.hold(instance_id):
+            live = await self._tracker.known(instance_id)
+            return await uninterrupted(update_limits(self._runtime, self._tracker, live, sizes))
 
     async def pause(self, instance_id: str) -> Observation:
         """Freeze its control group."""

@@ -77,8 +77,10 @@ class ImageStore:
         self._resolved: dict[str, ResolvedImage] = {}
         self._imported: dict[str, _Imported] = {}
 
-    async def resolve(self, reference: str) -> ResolvedImage:
+    async def resolve(self, reference: str, *, archive: Path | None = None) -> ResolvedImage:
         """The image of ``spec.image``, unpacked when this returns.
+
+        ``archive``: the file of an image of the cluster, whole and verified, that the reference names.
 
         An ``oci-archive:PATH[#NAME:TAG]`` is imported unless that content was before. Any number of calls for one image
         import and unpack it once. Raises NotFound (``IMAGE_NOT_FOUND``), InvalidArgument (``IMAGE_INVALID``) and what
@@ -88,7 +90,9 @@ class ImageStore:
             raise InvalidArgument.of_field(
                 "spec.image", "is required: give an image of the node or oci-archive:PATH"
             )
-        if reference.startswith(ARCHIVE_SCHEME):
+        if archive is not None:
+            name, target = await self._from_file(reference, archive, roots=(archive.parent,), tag="")
+        elif reference.startswith(ARCHIVE_SCHEME):
             name, target = await self._from_archive(reference)
         else:
             name = reference
@@ -226,11 +230,12 @@ class ImageStore:
             raise oci.invalid_image(
                 reference, "give the path of the archive: oci-archive:/path/on/the/node.tar"
             )
-        opening = asyncio.ensure_future(
-            asyncio.to_thread(
-                open_archive, Path(path_text), roots=self._config.archive_roots, image=reference
-            )
-        )
+        return await self._from_file(reference, Path(path_text), roots=self._config.archive_roots, tag=tag)
+
+    async def _from_file(
+        self, reference: str, path: Path, *, roots: tuple[Path, ...], tag: str
+    ) -> tuple[str, oci.Descriptor]:
+        opening = asyncio.ensure_future(asyncio.to_thread(open_archive, path, roots=roots, image=reference))
         try:
             archive = await uninterrupted(opening)
         except asyncio.CancelledError:

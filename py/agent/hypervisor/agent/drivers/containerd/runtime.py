@@ -4,7 +4,7 @@ All raise what :meth:`Client.call` raises. Names of container, snapshot and task
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -27,6 +27,7 @@ __all__ = ["Mounts", "Runtime", "moment"]
 Mounts = Sequence[mount_pb2.Mount]
 
 _SPEC_TYPE = "types.containerd.io/opencontainers/runtime-spec/1/Spec"
+_RESOURCES_TYPE = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources"
 _CREATE_TIMEOUT_S = 120.0
 
 _PHASES = {
@@ -207,6 +208,17 @@ class Runtime:
             self._client.tasks.Resume,
             tasks_pb2.ResumeTaskRequest(container_id=instance_id),
             what=f"resume {instance_id}",
+        )
+
+    async def update_task(self, instance_id: str, resources: Mapping[str, Any]) -> None:
+        """Change the limits of a task that runs: ``resources`` of a runtime specification, as far as given."""
+        await self._client.call(
+            self._client.tasks.Update,
+            tasks_pb2.UpdateTaskRequest(
+                container_id=instance_id,
+                resources=any_pb2.Any(type_url=_RESOURCES_TYPE, value=json.dumps(resources).encode()),
+            ),
+            what=f"change the limits of {instance_id}",
         )
 
     async def task_state(self, instance_id: str) -> TaskState | None:

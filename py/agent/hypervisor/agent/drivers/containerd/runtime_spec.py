@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hypervisor.agent.drivers.containerd.accounts import Account
-from hypervisor.agent.drivers.cpu_quota import cpu_limit
 from hypervisor.agent.drivers.containerd.oci import ProcessConfig
 from hypervisor.agent.drivers.containerd.seccomp import default_profile
+from hypervisor.agent.drivers.cpu_quota import cpu_limit
 from hypervisor.core.errors import InvalidArgument
 from hypervisor.core.model import InstanceSpec
 from hypervisor.core.resources import MIB

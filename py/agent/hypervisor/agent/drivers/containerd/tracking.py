@@ -87,7 +87,7 @@ class Tracker:
             text = (self._config.proc_root / str(pid) / "cgroup").read_text("utf-8")
         except OSError:
             return None
-        return cgroup_paths(text, root=self._config.cgroup_root)
+        return cgroup_paths(text, root=self._config.cgroup_root, proc_root=self._config.proc_root)
 
     async def observe(self, record: Record, state: TaskState | None) -> Observation:
         """What the platform is told of a container with this record and task."""

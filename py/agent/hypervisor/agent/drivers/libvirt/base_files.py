@@ -43,13 +43,16 @@ class BaseFiles:
         """Where a kept file is."""
         return self._directory / name
 
-    async def keep(self, file: MachineFile, *, kind: str) -> str:
-        """Take over an open file; returns its name here, ``<identity>.<kind>``.
+    async def keep(self, file: MachineFile, *, kind: str, digest: str = "") -> str:
+        """Take over an open file; returns its name here, ``<identity>.<kind>``. ``digest``: of its content, where that
+        is known: then every file with it is the same one.
 
         ``ResourceExhausted`` (``DISK_FULL``), ``Unavailable`` (``DATA_DIR_UNUSABLE``); then nothing is left of it.
         """
         stat = os.fstat(file.fd)
-        identity = f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
+        identity = (
+            digest or f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
+        )
         name = f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.{kind}"
         async with self._locks.hold(name):
             # The thread goes on after a cancellation, and the descriptor must stay open until it has ended.

@@ -2,6 +2,8 @@
 
 import asyncio
 import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +20,10 @@ from hypervisor.agent.drivers.libvirt.machines import Machines
 from hypervisor.agent.drivers.libvirt.record import Record
 from hypervisor.agent.drivers.libvirt.seed import build_seed
 from hypervisor.agent.drivers.libvirt.specification import Wanted
+from hypervisor.agent.drivers.local_images import local_image, located
 from hypervisor.agent.drivers.machine_disks import DiskFormat, disk_size_bytes, probe_disk
-from hypervisor.agent.drivers.machine_files import open_machine_file
+from hypervisor.agent.drivers.machine_files import MachineFile, open_machine_file
 from hypervisor.core.errors import AlreadyExists, HypervisorError, ResourceExhausted, Unavailable
-from hypervisor.core.model import InstanceSpec
 from hypervisor.core.resources import GIB
 
 __all__ = ["Builder", "Sources"]
@@ -59,25 +61,34 @@ class Builder:
         self._fifos = fifos
         self._bases = BaseFiles(config.bases)
 
-    async def take_over(self, spec: InstanceSpec) -> Sources:
-        """Check what the specification names and keep it. Raises what the checks raise, with the field's name."""
+    async def take_over(self, assignment: Assignment) -> Sources:
+        """Check what the specification names, files of the node or images in its cache, and keep it. Raises what the
+        checks raise, with the field's name."""
+        spec = assignment.spec
         image, image_format, disk_bytes = "", DiskFormat.RAW, spec.disk_gb * GIB
-        roots = self._config.roots
         if spec.image:
-            with await open_machine_file(spec.image, field="spec.image", roots=roots) as file:
+            async with self._opened(assignment, "image") as (file, digest):
                 found = await probe_disk(file, qemu_img=self._config.qemu_img)
                 disk_bytes = disk_size_bytes(found, spec.disk_gb)
                 image_format = found.format
-                image = await self._bases.keep(file, kind=found.format)
-        kernel = await self._keep(spec.kernel_path, "kernel")
-        initrd = await self._keep(spec.initrd_path, "initrd")
+                image = await self._bases.keep(file, kind=found.format, digest=digest)
+        kernel = await self._keep(assignment, "kernel")
+        initrd = await self._keep(assignment, "initrd")
         return Sources(image=image, format=image_format, disk_bytes=disk_bytes, kernel=kernel, initrd=initrd)
 
-    async def _keep(self, path: str, kind: str) -> str:
-        if not path:
+    async def _keep(self, assignment: Assignment, kind: str) -> str:
+        if not getattr(assignment.spec, f"{kind}_path"):
             return ""
-        with await open_machine_file(path, field=f"spec.{kind}_path", roots=self._config.roots) as file:
-            return await self._bases.keep(file, kind=kind)
+        async with self._opened(assignment, f"{kind}_path") as (file, digest):
+            return await self._bases.keep(file, kind=kind, digest=digest)
+
+    @asynccontextmanager
+    async def _opened(self, assignment: Assignment, field: str) -> AsyncIterator[tuple[MachineFile, str]]:
+        """The file that a field names, and the digest of its content where that is known."""
+        local = local_image(assignment, field)
+        path, roots = located(assignment, field, roots=self._config.roots)
+        with await open_machine_file(path, field=f"spec.{field}", roots=roots) as file:
+            yield file, "" if local is None else local.sha256
 
     async def make(self, assignment: Assignment, wanted: Wanted, sources: Sources, record: Record) -> bool:
         """Disk, seed and definition; returns whether they are new. What fails removes what it made."""

@@ -84,7 +84,7 @@ class LibvirtDriver:
         """Check the specification, take over its files, make disk and seed, define the domain."""
         wanted = check(assignment, self._config)
         accelerator = await self._accelerate()
-        sources = await self._builder.take_over(assignment.spec)
+        sources = await self._builder.take_over(assignment)
         instance_id = assignment.instance_id
         record = Record(
             instance_id=instance_id,

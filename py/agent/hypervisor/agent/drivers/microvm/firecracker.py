@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 import msgspec
+import structlog
 
 from hypervisor.agent.drivers.microvm import firecracker_config as configuration
 from hypervisor.agent.drivers.microvm.files import copy_into, open_own, overlay, remove_tree
@@ -20,7 +21,7 @@ from hypervisor.agent.drivers.microvm.firecracker_end import end_of
 from hypervisor.agent.drivers.microvm.jailer import Jailer, clear, empty_network, jail_root
 from hypervisor.agent.drivers.microvm.vmm import LOG, End, Launch, Machine, Run, SavedState, VmmPhase
 from hypervisor.core.clock import Clock
-from hypervisor.core.errors import FailedPrecondition, Unavailable
+from hypervisor.core.errors import Unavailable
 from hypervisor.core.machines import SnapshotKind, VmmChoice
 
 __all__ = ["FirecrackerVmm"]
@@ -34,6 +35,8 @@ _VERSION = re.compile(r"Firecracker v(\S+)")
 _PHASES = {"Not started": VmmPhase.STARTING, "Running": VmmPhase.RUNNING, "Paused": VmmPhase.PAUSED}
 _METRICS_BYTES = 1 << 20
 
+_log = structlog.get_logger(__name__)
+
 
 class FirecrackerVmm:
     """Implements ``Vmm``. ``jailer`` None: it runs as the agent does. Programs without '/' are looked for in PATH."""
@@ -44,7 +47,9 @@ class FirecrackerVmm:
     overhead_mib = 48
     """Its own memory, beside the guest's, with room for what it keeps of files."""
 
-    def __init__(self, program: Path, *, jailer: Path | None, clock: Clock, kvm: Path = Path("/dev/kvm")) -> None:
+    def __init__(
+        self, program: Path, *, jailer: Path | None, clock: Clock, kvm: Path = Path("/dev/kvm")
+    ) -> None:
         self._program = program
         self._jailer = jailer
         self._clock = clock
@@ -107,7 +112,13 @@ class FirecrackerVmm:
             for path, body in configuration.requests(machine, fresh=state is None):
                 await api.put(path, body)
             if state is None:
-                await api.put("/actions", {"action_type": "InstanceStart"})
+                try:
+                    await api.put("/actions", {"action_type": "InstanceStart"})
+                except Unavailable as exc:
+                    # A guest can end, and its VMM with it, before the answer is here: that is for the driver to see.
+                    _log.info(
+                        "microvm_ended_with_its_start", instance_id=machine.instance_id, error=exc.message
+                    )
             else:
                 await self._load(api, machine, state)
         if state is not None:
@@ -206,6 +217,17 @@ class FirecrackerVmm:
                     return found
         raise Unavailable("Firecracker has told no metrics", reason="VMM_UNREACHABLE")
 
+    async def configuration(self, machine: Machine) -> Mapping[str, Any]:
+        """The machine as Firecracker has it; see FullVmConfiguration of its API."""
+        async with self._api(machine) as api:
+            shown: Mapping[str, Any] = await api.get("/vm/config")
+        return shown
+
+    async def metadata(self, machine: Machine) -> Any:
+        """What the guest's metadata service tells."""
+        async with self._api(machine) as api:
+            return await api.get("/mmds")
+
     def _api(self, machine: Machine) -> FirecrackerApi:
         return FirecrackerApi(self.root(machine.directory) / _SOCKET, clock=self._clock)
 
@@ -288,5 +310,7 @@ async def _ask_version(program: Path) -> str:
         ) from exc
     found = _VERSION.search(output.decode("utf-8", errors="replace"))
     if found is None:
-        raise Unavailable(f"{program} --version does not say that it is Firecracker", reason="DRIVER_UNAVAILABLE")
+        raise Unavailable(
+            f"{program} --version does not say that it is Firecracker", reason="DRIVER_UNAVAILABLE"
+        )
     return found.group(1)

@@ -1,7 +1,7 @@
 """Firecracker's API: HTTP with JSON over the unix socket of one VMM. See its firecracker.yaml for what is sent."""
 
-import asyncio
 import os
+import socket
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,13 @@ import aiohttp
 import msgspec
 
 from hypervisor.core.clock import Clock
-from hypervisor.core.errors import DeadlineExceeded, FailedPrecondition, HypervisorError, ResourceExhausted, Unavailable
+from hypervisor.core.errors import (
+    DeadlineExceeded,
+    FailedPrecondition,
+    HypervisorError,
+    ResourceExhausted,
+    Unavailable,
+)
 from hypervisor.core.names import shorten
 
 __all__ = ["FirecrackerApi", "parse_error"]
@@ -28,8 +34,8 @@ class FirecrackerApi:
     ``timeout_s``: of each request.
     """
 
-    def __init__(self, socket: Path, *, clock: Clock, timeout_s: float = 10.0) -> None:
-        self._socket = socket
+    def __init__(self, path: Path, *, clock: Clock, timeout_s: float = 10.0) -> None:
+        self._socket = path
         self._clock = clock
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
         self._directory = -1
@@ -59,13 +65,20 @@ class FirecrackerApi:
             self._directory = -1
 
     async def ready(self) -> None:
-        """Return once the VMM that was just started has its socket. Waits for ever: the caller bounds it."""
-        while not self._is_there():
+        """Return once the VMM that was just started listens. Waits for ever: the caller bounds it."""
+        while not (self._is_there() and self._listens()):
             await self._clock.sleep(_POLL_S)
+
+    def _listens(self) -> bool:
+        """A socket has its name a moment before it takes connections."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+            return probe.connect_ex(f"/proc/self/fd/{self._directory}/{self._socket.name}") == 0
 
     def _is_there(self) -> bool:
         try:
-            return stat.S_ISSOCK(os.stat(self._socket.name, dir_fd=self._directory, follow_symlinks=False).st_mode)
+            return stat.S_ISSOCK(
+                os.stat(self._socket.name, dir_fd=self._directory, follow_symlinks=False).st_mode
+            )
         except FileNotFoundError:
             return False
 
@@ -148,5 +161,3 @@ def parse_error(text: bytes, *, request: str, status: int) -> HypervisorError:
     return FailedPrecondition(
         f"Firecracker refused {request}: {shorten(message, 500)}", reason="VMM_REFUSED", metadata=metadata
     )
-
-

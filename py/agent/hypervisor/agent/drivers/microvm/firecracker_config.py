@@ -29,11 +29,13 @@ def check(machine: Machine, root: Path) -> None:
     """Refuse what Firecracker cannot run; InvalidArgument names the field."""
     if machine.vcpus > _MAX_VCPUS:
         raise InvalidArgument.of_field(
-            "spec.cpu_cores", f"Firecracker gives a guest at most {_MAX_VCPUS} processors, not {machine.vcpus}"
+            "spec.cpu_cores",
+            f"Firecracker gives a guest at most {_MAX_VCPUS} processors, not {machine.vcpus}",
         )
     if machine.memory_mib < _MIN_MEMORY_MIB:
         raise InvalidArgument.of_field(
-            "spec.memory_mb", f"a guest of Firecracker needs at least {_MIN_MEMORY_MIB} MiB, not {machine.memory_mib}"
+            "spec.memory_mb",
+            f"a guest of Firecracker needs at least {_MIN_MEMORY_MIB} MiB, not {machine.memory_mib}",
         )
     if len(machine.kernel_args.encode()) > _MAX_ARGS_BYTES:
         raise InvalidArgument.of_field(
@@ -43,7 +45,8 @@ def check(machine: Machine, root: Path) -> None:
     if options.metadata:
         if not machine.cards:
             raise InvalidArgument.of_field(
-                "spec.microvm.metadata", "the metadata service is reached by a network card: add one to spec.networks"
+                "spec.microvm.metadata",
+                "the metadata service is reached by a network card: add one to spec.networks",
             )
         try:
             wrong = not isinstance(json.loads(options.metadata), dict)

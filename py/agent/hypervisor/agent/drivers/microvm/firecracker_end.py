@@ -13,6 +13,7 @@ __all__ = ["end_of", "last_words"]
 
 _TAIL_BYTES = 64 << 10
 _EXIT = re.compile(r"Firecracker exiting (?:successfully|with error)\. exit_code=(\d+)")
+_FAULT = re.compile(r"Received (KVM_EXIT_(?:INTERNAL_ERROR|SHUTDOWN|FAIL_ENTRY)) signal")
 _TOLD = re.compile(r"error|signal|panicked|fail", re.IGNORECASE)
 _STAMP = re.compile(r"^\S+ \[[^\]]*\] ")
 
@@ -26,6 +27,7 @@ _CODES = {
     153: "its command line is wrong",
 }
 """Firecracker's FcExitCode."""
+_FAULT_CODE = 1
 
 
 def end_of(log: Path, exit_code: int | None) -> End:
@@ -36,6 +38,9 @@ def end_of(log: Path, exit_code: int | None) -> End:
         if not told:
             return End(True, None, "Firecracker was killed, or ended without a word in its log")
         exit_code = int(told[-1])
+    if exit_code == 0 and (fault := _FAULT.search(tail)):
+        # Firecracker 1.12 now and then ends with 0 all the same: its main thread overtakes the processor's.
+        return End(True, _FAULT_CODE, f"Firecracker ended: {_CODES[_FAULT_CODE]} ({fault.group(1)})")
     if exit_code == 0:
         return End(False, 0, "the guest ended")
     if exit_code > 128 and exit_code not in _CODES:
@@ -51,7 +56,9 @@ def end_of(log: Path, exit_code: int | None) -> End:
 
 def last_words(tail: str) -> str:
     """The lines of a log's end that tell of an error, without times, in at most 500 characters."""
-    told = [_STAMP.sub("", line) for line in tail.splitlines() if _TOLD.search(line) and "API server" not in line]
+    told = [
+        _STAMP.sub("", line) for line in tail.splitlines() if _TOLD.search(line) and "API server" not in line
+    ]
     return shorten("; ".join(dict.fromkeys(told[-3:])), 500)
 
 

@@ -67,7 +67,9 @@ def clear(root: Path, directory: Path, firecracker: Path) -> Path:
     if made_for.name != firecracker.name:
         # The program is called otherwise by now, and the jailer goes by that.
         made_for.rename(made_for.with_name(firecracker.name))
-        (made_for.with_name(firecracker.name) / directory.name / "root" / made_for.name).unlink(missing_ok=True)
+        (made_for.with_name(firecracker.name) / directory.name / "root" / made_for.name).unlink(
+            missing_ok=True
+        )
         root = jail_root(directory, firecracker)
     for name in _MADE_BY_JAILER:
         path = root / name

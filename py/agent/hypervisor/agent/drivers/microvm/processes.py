@@ -7,14 +7,15 @@ loop as it happens, be it a child or one that an earlier agent made. Only a chil
 import asyncio
 import contextlib
 import os
+import select
 import signal
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hypervisor.agent.drivers.microvm.vmm import Launch, Run
 
-__all__ = ["VmmProcess", "boot_id", "processes_in", "spawn"]
+__all__ = ["VmmProcess", "boot_id", "end_now", "processes_of", "spawn"]
 
 _PROC = Path("/proc")
 
@@ -38,7 +39,7 @@ class VmmProcess:
 
     @classmethod
     def adopt(cls, run: Run) -> "VmmProcess | None":
-        """The process of a run that another agent began; None when it has ended."""
+        """The process of a run that another agent began; None when it is gone."""
         if run.boot_id != boot_id():
             return None
         try:
@@ -49,7 +50,11 @@ class VmmProcess:
         if _started(run.pid) != run.started:
             os.close(pidfd)
             return None
-        return cls(run, pidfd, None)
+        process = cls(run, pidfd, None)
+        if _is_readable(pidfd):
+            # It has ended, and nobody has waited for it yet.
+            process._end()
+        return process
 
     @property
     def ended(self) -> bool:
@@ -91,6 +96,8 @@ class VmmProcess:
         if self._child is not None:
             code = self._child.wait()
             self._exit_code = code if code >= 0 else 128 - code
+        else:
+            self._exit_code = _reap(self._pidfd)
         self._ended.set()
         self.close()
         for listener in self._listeners:
@@ -118,29 +125,61 @@ async def spawn(launch: Launch, *, root: Path, stdin: int, stdout: int, stderr: 
     return VmmProcess(Run(child.pid, _started(child.pid) or 0, boot_id()), pidfd, child)
 
 
-def processes_in(directories: Sequence[Path]) -> Iterator[Run]:
-    """Processes whose root or working directory lies in one of the directories. Reads all of /proc."""
+def processes_of(directory: Path, *, uids: range = range(0)) -> Iterator[Run]:
+    """Processes of the users ``uids`` (a jailed one shows no directory of the node's), and those whose root or working
+    directory lies in ``directory``. Reads all of /proc."""
     boot = boot_id()
-    wanted = tuple(f"{directory}/" for directory in directories)
+    wanted = f"{os.path.realpath(directory)}/"
     for entry in _PROC.iterdir():
         if not entry.name.isdigit():
             continue
-        for link in ("root", "cwd"):
-            try:
-                where = os.readlink(entry / link)
-            except OSError:
-                continue
-            if f"{where}/".startswith(wanted):
-                started = _started(int(entry.name))
-                if started is not None:
-                    yield Run(int(entry.name), started, boot)
-                break
+        try:
+            found = entry.stat().st_uid in uids or any(
+                f"{os.readlink(entry / link)}/".startswith(wanted) for link in ("root", "cwd")
+            )
+        except OSError:
+            continue
+        started = _started(int(entry.name), ended_is_none=True) if found else None
+        if started is not None:
+            yield Run(int(entry.name), started, boot)
 
 
-def _started(pid: int) -> int | None:
+def end_now(pid: int, *, timeout_s: float) -> bool:
+    """SIGKILL for a process that nobody holds; blocks until it has ended, and returns whether it has."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        return _is_readable(pidfd, timeout_s=timeout_s)
+    finally:
+        os.close(pidfd)
+
+
+def _is_readable(fd: int, *, timeout_s: float = 0.0) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(timeout_s * 1000))
+
+
+def _reap(pidfd: int) -> int | None:
+    """The exit code, should it be this process's child after all: an earlier driver in it may have made it."""
+    try:
+        told = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+    except ChildProcessError:
+        return None
+    if told is None:
+        return None
+    return told.si_status if told.si_code == os.CLD_EXITED else 128 + told.si_status
+
+
+def _started(pid: int, *, ended_is_none: bool = False) -> int | None:
     try:
         text = (_PROC / str(pid) / "stat").read_text("utf-8", errors="replace")
     except OSError:
         return None
     # The second field, the program's name, may hold anything; the last ')' ends it.
-    return int(text[text.rindex(")") + 2 :].split()[19])
+    fields = text[text.rindex(")") + 2 :].split()
+    return None if ended_is_none and fields[0] in "ZX" else int(fields[19])

@@ -18,10 +18,17 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from types import MappingProxyType
 
-from hypervisor.agent.drivers.microvm.qemu_command import VHOST_VSOCK, Accelerator, build_command
+from hypervisor.agent.drivers.microvm.files import open_own
+from hypervisor.agent.drivers.microvm.qemu_command import (
+    TRANSLATED_MIB,
+    VHOST_VSOCK,
+    Accelerator,
+    build_command,
+)
+from hypervisor.agent.drivers.microvm.qemu_kernel import kernel_problem
 from hypervisor.agent.drivers.microvm.qemu_log import explain_end
-from hypervisor.agent.drivers.microvm.qemu_monitor import Monitor, open_monitor
-from hypervisor.agent.drivers.microvm.vmm import LOG, End, Launch, Machine, Run, SavedState, VmmPhase
+from hypervisor.agent.drivers.microvm.qemu_monitor import Monitor, disk_full, open_monitor
+from hypervisor.agent.drivers.microvm.vmm import KERNEL, LOG, End, Launch, Machine, Run, SavedState, VmmPhase
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import (
     FailedPrecondition,
@@ -44,6 +51,9 @@ _LOADED = "loaded"
 """An object of QEMU that does nothing: it is there in a machine whose state was loaded and not yet let run."""
 _LISTENS_WITHIN_S = 30.0
 _VERSION_S = 10.0
+_OVERHEAD_MIB = 96
+"""A process without its guest's memory had 45 to 65 MiB, half of it mapped files."""
+_ROOM_BYTES = 1 << 20
 _LOG_TAIL_BYTES = 64 << 10
 _STATE_S = 60.0
 _STATE_S_PER_MIB = 0.05
@@ -77,6 +87,11 @@ class QemuVmm:
     def lacks(self) -> Mapping[str, str]:
         """Incremental states."""
         return _LACKS
+
+    @property
+    def overhead_mib(self) -> int:
+        """Devices and firmware, and with TCG the translated code."""
+        return _OVERHEAD_MIB + (2 * TRANSLATED_MIB if self._accelerator is Accelerator.TCG else 0)
 
     async def version(self) -> str:
         """``qemu 7.2.22 (tcg)``."""
@@ -115,7 +130,7 @@ class QemuVmm:
         return directory / "root"
 
     def check(self, machine: Machine) -> None:
-        """Refuse what only Firecracker has, and vsock where the node's kernel has none."""
+        """Refuse what only Firecracker has, vsock where the node's kernel has none, and a kernel it cannot boot."""
         options = machine.options
         wrong = []
         if options.metadata:
@@ -142,6 +157,15 @@ class QemuVmm:
             )
         if wrong:
             raise InvalidArgument.of_fields(tuple(wrong))
+        fd = open_own(self.root(machine.directory) / KERNEL)
+        try:
+            problem = kernel_problem(fd)
+        finally:
+            os.close(fd)
+        if problem:
+            raise InvalidArgument.of_field(
+                "spec.kernel_path", f"QEMU cannot boot it: {problem}", reason="IMAGE_INVALID"
+            )
 
     async def launch(self, machine: Machine) -> Launch:
         """QEMU, stopped and waiting for QMP."""
@@ -222,8 +246,13 @@ class QemuVmm:
                 await monitor.run_job("blockdev-create", "format", {"options": options}, timeout_s=timeout_s)
                 await _add_state_node(monitor)
                 await monitor.run_job("snapshot-save", "save", _snapshot(), timeout_s=timeout_s)
-        except BaseException:
+        except BaseException as exc:
+            full = _is_full(fd)
+            # QEMU may hold it open until the guest runs again: what it takes of the disk goes now.
+            os.ftruncate(fd, 0)
             path.unlink(missing_ok=True)
+            if full and isinstance(exc, FailedPrecondition):
+                raise disk_full("snapshot-save", exc.metadata.get("cause", exc.message)) from exc
             raise
         finally:
             os.close(fd)
@@ -248,7 +277,7 @@ class QemuVmm:
 
     def end_of(self, machine: Machine, exit_code: int | None) -> End:
         """By the exit code and the log's end."""
-        return explain_end(_tail(machine.directory / LOG), exit_code)
+        return explain_end(_tail(self.root(machine.directory) / LOG), exit_code)
 
     def remove(self, machine: Machine) -> None:
         """Nothing of it is anywhere else."""
@@ -306,14 +335,22 @@ def _state_timeout_s(machine: Machine) -> float:
     return _STATE_S + _STATE_S_PER_MIB * machine.memory_mib
 
 
+def _is_full(fd: int) -> bool:
+    """Whether the file system has no room: QEMU calls it an input/output error when memory does not fit."""
+    found = os.fstatvfs(fd)
+    return found.f_bavail * found.f_frsize < _ROOM_BYTES
+
+
 def _tail(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _LOG_TAIL_BYTES))
-            return file.read(_LOG_TAIL_BYTES).decode(errors="replace")
-    except FileNotFoundError:
+        fd = open_own(path)
+    except OSError:
         return ""
+    try:
+        size = os.fstat(fd).st_size
+        return os.pread(fd, _LOG_TAIL_BYTES, max(0, size - _LOG_TAIL_BYTES)).decode(errors="replace")
+    finally:
+        os.close(fd)
 
 
 def _unavailable(problem: str) -> Unavailable:

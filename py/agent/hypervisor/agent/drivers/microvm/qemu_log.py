@@ -42,17 +42,16 @@ def explain_end(log: str, exit_code: int | None) -> End:
     causes = _SHUTDOWN.findall(log)
     cause = int(causes[-1]) if causes else None
     if exit_code is not None and exit_code > _BY_SIGNAL:
-        return End(True, exit_code, f"QEMU was killed by {_signal_name(exit_code - _BY_SIGNAL)}")
+        return End(True, exit_code, _by_signal(exit_code - _BY_SIGNAL, last_words(log)))
     if cause == _Cause.GUEST_PANIC:
         return End(
             True,
             1 if exit_code is None else exit_code,
             "the guest's kernel panicked: see the end of its console",
         )
-    if cause in _ORDERLY and not exit_code:
-        return End(False, 0)
-    if exit_code == 0:
-        return End(False, 0)
+    if exit_code == 0 or (cause in _ORDERLY and not exit_code):
+        by_host = cause in (_Cause.HOST_SIGNAL, _Cause.HOST_QMP_QUIT)
+        return End(False, 0, "QEMU was told to end" if by_host else "the guest ended")
     words = last_words(log)
     if exit_code is None:
         return End(
@@ -68,6 +67,13 @@ def last_words(log: str) -> str:
         if text and not _TRACE.match(text):
             return shorten(_PREFIX.sub("", text), _TELLS).strip("'\"")
     return ""
+
+
+def _by_signal(number: int, words: str) -> str:
+    name = _signal_name(number)
+    if number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        return f"QEMU was ended by {name}"
+    return f"QEMU crashed ({name}){f': {words}' if words else ''}"
 
 
 def _signal_name(number: int) -> str:

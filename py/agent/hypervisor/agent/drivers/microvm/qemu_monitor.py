@@ -19,9 +19,9 @@ from typing import Any
 from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError
 
 from hypervisor.core.clock import Clock
-from hypervisor.core.errors import FailedPrecondition, ResourceExhausted, Unavailable
+from hypervisor.core.errors import FailedPrecondition, HypervisorError, ResourceExhausted, Unavailable
 
-__all__ = ["Monitor", "open_monitor"]
+__all__ = ["Monitor", "disk_full", "open_monitor"]
 
 _GREETING_S = 10.0
 _ANSWER_S = 10.0
@@ -125,7 +125,7 @@ async def open_monitor(path: Path, *, clock: Clock, within_s: float = 0.0) -> As
 
 
 async def _connected(path: Path, *, clock: Clock, within_s: float) -> socket.socket:
-    deadline = clock.monotonic() + within_s
+    began = clock.monotonic()
     while True:
         channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         channel.setblocking(False)
@@ -134,7 +134,9 @@ async def _connected(path: Path, *, clock: Clock, within_s: float) -> socket.soc
             channel.connect(os.fspath(path))
         except OSError as exc:
             channel.close()
-            if clock.monotonic() >= deadline:
+            # A queue that is full (it holds one) is another conversation of ours, which is about to end.
+            patience_s = _GREETING_S if isinstance(exc, BlockingIOError) else within_s
+            if clock.monotonic() >= began + patience_s:
                 raise _unreachable(f"nothing listens at {path} ({exc.strerror or exc})") from exc
             await clock.sleep(_CONNECT_POLL_S)
         else:
@@ -163,16 +165,26 @@ async def _part(client: QMPClient) -> None:
             await client.disconnect()
 
 
+def disk_full(command: str, error: str) -> ResourceExhausted:
+    """QEMU could not do it for want of space (``DISK_FULL``)."""
+    return ResourceExhausted(
+        f"the node's disk is full: free some space, or move microvm.data_dir (QEMU's {command} says: {error})",
+        reason="DISK_FULL",
+        metadata={"vmm": "qemu", "command": command, "cause": error},
+    )
+
+
 def _unreachable(why: str) -> Unavailable:
     return Unavailable(
         f"QEMU cannot be controlled: {why}", reason="VMM_UNREACHABLE", metadata={"vmm": "qemu", "cause": why}
     )
 
 
-def _refused(command: str, error: str) -> FailedPrecondition | ResourceExhausted:
-    metadata = {"vmm": "qemu", "command": command, "cause": error}
+def _refused(command: str, error: str) -> HypervisorError:
     if any(text in error for text in _DISK_FULL):
-        return ResourceExhausted(
-            f"the node's disk is full: QEMU's {command} says: {error}", reason="DISK_FULL", metadata=metadata
-        )
-    return FailedPrecondition(f"QEMU refuses {command}: {error}", reason="VMM_REFUSED", metadata=metadata)
+        return disk_full(command, error)
+    return FailedPrecondition(
+        f"QEMU refuses {command}: {error}",
+        reason="VMM_REFUSED",
+        metadata={"vmm": "qemu", "command": command, "cause": error},
+    )

@@ -49,7 +49,9 @@ def make_tap(name: str, *, bridge: str, uid: int) -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as control:
             if not (_NET / name / "brport").is_dir():
                 fcntl.ioctl(control, _SIOCBRADDIF, struct.pack("16si20x", bridge.encode(), index))
-            flags = struct.unpack_from("H", fcntl.ioctl(control, _SIOCGIFFLAGS, struct.pack("40s", name.encode())), 16)
+            flags = struct.unpack_from(
+                "H", fcntl.ioctl(control, _SIOCGIFFLAGS, struct.pack("40s", name.encode())), 16
+            )
             fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sH22x", name.encode(), flags[0] | _IFF_UP))
     except OSError as exc:
         with contextlib.suppress(OSError):
