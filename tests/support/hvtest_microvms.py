@@ -101,6 +101,18 @@ class FirecrackerBench:
         uids = range(self.config.first_uid, self.config.first_uid + self.config.uids)
         return tuple(processes_in((self.directory,), uids=uids))
 
+    def cpu_limits(self, instance_id: str) -> set[tuple[int, int]]:
+        """Quota and period of an instance's control group, in microseconds."""
+        paths = ControlGroups(self.config.cgroup_root, self.config.cgroup).paths(instance_id)
+        if paths.unified is not None:
+            quota, period = (paths.unified / "cpu.max").read_text("ascii").split()
+            return {(int(quota), int(period))}
+        directory = paths.controllers["cpu"]
+        quota, period = (
+            (directory / f"cpu.cfs_{name}_us").read_text("ascii") for name in ("quota", "period")
+        )
+        return {(int(quota), int(period))}
+
     def vmm(self) -> FirecrackerVmm:
         """Firecracker, as the configuration has it."""
         return FirecrackerVmm(FIRECRACKER, jailer=JAILER if self.config.jail else None, clock=SystemClock())
