@@ -16,7 +16,7 @@ from hypervisor.agent.drivers.microvm.config import MicrovmConfig
 from hypervisor.agent.drivers.microvm.creating import can_name, check_assignment, open_sources, write_files
 from hypervisor.agent.drivers.microvm.files import disk_error, remove_tree
 from hypervisor.agent.drivers.microvm.records import Record, RecordStore
-from hypervisor.agent.drivers.microvm.resizing import resize
+from hypervisor.agent.drivers.microvm.resizing import check_sizes, resize
 from hypervisor.agent.drivers.microvm.runner import Runner
 from hypervisor.agent.drivers.microvm.snapshots import Snapshots
 from hypervisor.agent.drivers.microvm.tracking import MOST_LOG_BYTES, SUSPENDED, Live, Tracker
@@ -89,6 +89,7 @@ class MicrovmDriver:
             epoch=assignment.epoch,
             spec=new,
         )
+        check_sizes(self._tracker, live, record)
         self._tracker.vmm(record).check(self._tracker.machine(record))
         self._tracker.save(live, record)
 
