@@ -126,6 +126,9 @@ def _directories(paths: CgroupPaths, root: Path) -> tuple[Path, ...]:
         for controller, path in paths.controllers.items()
         if (root / controller).is_dir()
     }
+    if paths.pressure is not None and (root / "unified").is_dir():
+        # A hybrid: what the group waits for is told by the hierarchy of version 2 alone.
+        found.add(paths.pressure)
     return tuple(sorted(found))
 
 

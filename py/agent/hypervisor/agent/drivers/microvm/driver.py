@@ -370,7 +370,7 @@ class MicrovmDriver:
         paths = self._runner.groups.paths(instance_id)
         cards = self._tracker.machine(live.record).cards
         return Sources(
-            cgroup2=paths.unified,
+            cgroup2=paths.unified or paths.pressure,
             cgroup1=paths.controllers,
             tap=_NET / cards[0].tap / "statistics" if cards else None,
         )
