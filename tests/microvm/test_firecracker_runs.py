@@ -5,6 +5,7 @@ import os
 import signal
 import stat
 import subprocess
+from dataclasses import replace as with_fields
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,46 @@ async def test_an_agent_that_comes_back_sees_the_death_it_missed(
 
     assert (seen.status, seen.reason) == (InstanceStatus.FAILED, "KILLED")
     assert seen.finished_at is not None
+
+
+async def test_a_run_before_the_nodes_restart_is_told_as_that(
+    node: FirecrackerBench, micro: MicrovmDriver
+) -> None:
+    instance_id = await started(micro, node.shell())
+    await micro.aclose()
+    os.kill(pid_of(node, instance_id), signal.SIGKILL)
+    store = RecordStore(node.config.data_dir)
+    (record,) = store.load()
+    assert record.run is not None
+    # A process has its number by now: this one.
+    store.save(replace(record, run=with_fields(record.run, pid=os.getpid(), boot_id="an earlier one")))
+
+    other = node.driver()
+    seen = await other.recover(instance_id, {})
+    assert seen is not None
+    assert (seen.status, seen.reason) == (InstanceStatus.FAILED, "NODE_RESTARTED")
+    assert (await other.start(instance_id)).status is InstanceStatus.RUNNING
+    await other.delete(instance_id)
+    await other.aclose()
+
+
+async def test_a_process_that_has_the_number_of_a_run_by_now_is_left_alone(
+    node: FirecrackerBench, micro: MicrovmDriver
+) -> None:
+    instance_id = await started(micro, node.shell())
+    await micro.aclose()
+    os.kill(pid_of(node, instance_id), signal.SIGKILL)
+    store = RecordStore(node.config.data_dir)
+    (record,) = store.load()
+    assert record.run is not None
+    store.save(replace(record, run=with_fields(record.run, pid=os.getpid())))
+
+    other = node.driver()
+    seen = await other.recover(instance_id, {})
+    assert seen is not None
+    assert (seen.status, seen.reason) == (InstanceStatus.FAILED, "KILLED")
+    assert await other.delete(instance_id)
+    await other.aclose()
 
 
 async def test_an_adopted_guest_goes_on_where_it_was_and_its_end_is_told_with_its_code(

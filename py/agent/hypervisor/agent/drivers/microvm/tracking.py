@@ -13,7 +13,7 @@ from hypervisor.agent.drivers.microvm.choosing import Chooser
 from hypervisor.agent.drivers.microvm.config import MicrovmConfig
 from hypervisor.agent.drivers.microvm.files import disk_error, remove_tree, trim
 from hypervisor.agent.drivers.microvm.observing import end_of_run, machine_of, observe
-from hypervisor.agent.drivers.microvm.processes import VmmProcess
+from hypervisor.agent.drivers.microvm.processes import VmmProcess, boot_id
 from hypervisor.agent.drivers.microvm.records import Record, RecordStore
 from hypervisor.agent.drivers.microvm.runner import Runner
 from hypervisor.agent.drivers.microvm.vmm import LOG, End, Machine, Vmm, VmmPhase
@@ -213,6 +213,7 @@ class Tracker:
             suspended=suspended,
             oom_kills=self._runner.groups.oom_kills(record.instance_id),
             now=self._clock.now(),
+            earlier_boot=record.run is not None and record.run.boot_id != boot_id(),
         )
         await self._tidy(machine)
         # From here on without a pause: nobody sees it ended and its end not recorded.
