@@ -15,6 +15,7 @@ from hvtest_driver_stats import sampled
 from hvtest_driver_watching import events_of, read_until, the_end
 from hvtest_microvms import FirecrackerBench, answer, assignment, pid_of, root_of, started
 from hypervisor.agent.drivers.microvm import MicrovmDriver
+from hypervisor.agent.drivers.microvm.processes import end_now
 from hypervisor.agent.drivers.microvm.records import RecordStore
 from hypervisor.core.errors import FailedPrecondition, InvalidArgument
 from hypervisor.core.machines import MicrovmOptions, RateLimit, SnapshotKind
@@ -203,7 +204,7 @@ async def test_a_run_before_the_nodes_restart_is_told_as_that(
 ) -> None:
     instance_id = await started(micro, node.shell())
     await micro.aclose()
-    os.kill(pid_of(node, instance_id), signal.SIGKILL)
+    assert end_now(pid_of(node, instance_id), timeout_s=10.0)
     store = RecordStore(node.config.data_dir)
     (record,) = store.load()
     assert record.run is not None
@@ -224,7 +225,7 @@ async def test_a_process_that_has_the_number_of_a_run_by_now_is_left_alone(
 ) -> None:
     instance_id = await started(micro, node.shell())
     await micro.aclose()
-    os.kill(pid_of(node, instance_id), signal.SIGKILL)
+    assert end_now(pid_of(node, instance_id), timeout_s=10.0)
     store = RecordStore(node.config.data_dir)
     (record,) = store.load()
     assert record.run is not None

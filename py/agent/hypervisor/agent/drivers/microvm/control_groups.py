@@ -3,15 +3,17 @@
 import contextlib
 import errno
 import os
-import signal
 from pathlib import Path
 
 import structlog
 
 from hypervisor.agent.drivers.cpu_quota import apply_cpu_limit, cpu_limit
+from hypervisor.agent.drivers.microvm.processes import end_now
 from hypervisor.agent.stats.cgroups import CgroupPaths, expected_paths, read_oom_kills, uses_v2
 
 __all__ = ["ControlGroups"]
+
+_ENDS_WITHIN_S = 5.0
 
 _log = structlog.get_logger(__name__)
 
@@ -73,7 +75,8 @@ class ControlGroups:
         return tuple(sorted(found))
 
     def remove(self, name: str) -> bool:
-        """Kill what is in it and remove it; whether there was one. What ends slowly keeps it until the next time."""
+        """Kill what is in it and remove it; whether there was one. What
+        does not end keeps it until the next time. Blocks meanwhile."""
         existed = False
         for directory in _directories(self.paths(name), self._root):
             try:
@@ -86,9 +89,11 @@ class ControlGroups:
                     raise
                 existed = True
                 for pid in self.pids(name):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                _log.warning("microvm_cgroup_busy", cgroup=str(directory), pids=self.pids(name))
+                    end_now(pid, timeout_s=_ENDS_WITHIN_S)
+                try:
+                    directory.rmdir()
+                except OSError as still:
+                    _log.warning("microvm_cgroup_busy", cgroup=str(directory), error=str(still))
         return existed
 
     def remove_parent(self) -> None:

@@ -269,7 +269,7 @@ class Tracker:
             with contextlib.suppress(HypervisorError):
                 self.vmm(live.record).remove(machine)
         elif existed:
-            self._runner.groups.remove(instance_id)
+            await asyncio.to_thread(self._runner.groups.remove, instance_id)
         existed |= self._runner.fifos.remove(instance_id)
         # The record is in it: what cannot be removed at once is found by its directory the next time.
         existed |= await asyncio.to_thread(remove_tree, directory)
