@@ -86,8 +86,13 @@ class FirecrackerVmm:
         program = self._resolved()
         root = await asyncio.to_thread(self._tidy, machine, program)
         words = ["--api-sock", _SOCKET, "--log-path", LOG, "--level", "Info"]
+
+        async def listens() -> None:
+            async with self._api(machine) as api:
+                await api.ready()
+
         if self._jailer is None or not machine.uid:
-            return Launch(argv=(str(program), "--id", machine.instance_id, *words))
+            return Launch(argv=(str(program), "--id", machine.instance_id, *words), listens=listens)
         assert root == self.root(machine.directory)
         jailer = Jailer(_find(self._jailer, "its jailer", "microvm.jailer"))
         # One with cards has its taps in the node's network.
@@ -100,7 +105,7 @@ class FirecrackerVmm:
             # The jailer closes what it inherits, and opens this while it may still do so.
             network=None if network is None else f"/proc/{os.getpid()}/fd/{network}",
         )
-        return Launch(argv=(*command, *words), close=() if network is None else (network,))
+        return Launch(argv=(*command, *words), close=() if network is None else (network,), listens=listens)
 
     async def boot(self, machine: Machine, run: Run, state: SavedState | None = None) -> None:
         """See ``Vmm``."""

@@ -60,9 +60,7 @@ class Runner:
             launch = await vmm.launch(machine)
             process = await self._spawn(vmm, machine, launch)
             spawned(process.run)
-            # Moving a process waits for all processors of the node.
-            await asyncio.to_thread(self.groups.add, machine.instance_id, process.run.pid)
-            await self._boot(vmm, machine, process, state)
+            await self._boot(vmm, machine, process, launch, state)
         except BaseException as exc:
             if process is not None:
                 await asyncio.shield(self.kill(process))
@@ -147,8 +145,19 @@ class Runner:
             stack.callback(os.close, errors)
             return await spawn(launch, root=root, stdin=fds[0], stdout=fds[1], stderr=errors)
 
-    async def _boot(self, vmm: Vmm, machine: Machine, process: VmmProcess, state: SavedState | None) -> None:
-        booting = asyncio.ensure_future(vmm.boot(machine, process.run, state))
+    async def _boot(
+        self, vmm: Vmm, machine: Machine, process: VmmProcess, launch: Launch, state: SavedState | None
+    ) -> None:
+        async def place_and_boot() -> None:
+            # Moving a process waits for all processors of the node.
+            moving = asyncio.to_thread(self.groups.add, machine.instance_id, process.run.pid)
+            if launch.listens is None:
+                await moving
+            else:
+                await asyncio.gather(moving, launch.listens())
+            await vmm.boot(machine, process.run, state)
+
+        booting = asyncio.ensure_future(place_and_boot())
         ending = asyncio.ensure_future(process.wait())
         try:
             done, _ = await asyncio.wait(
@@ -168,7 +177,9 @@ class Runner:
                 error = booting.exception()
                 if error is None:
                     return
-                if not isinstance(error, HypervisorError) or error.reason != "VMM_UNREACHABLE":
+                # It may have ended, and then its end tells more.
+                gone = error.reason == "VMM_UNREACHABLE" if isinstance(error, HypervisorError) else False
+                if not gone and not isinstance(error, OSError):
                     raise error
                 await asyncio.wait({ending}, timeout=_ENDING_S)
                 if not process.ended:

@@ -23,7 +23,7 @@ Nothing here blocks the event loop. Errors: hypervisor.core.errors; a VMM that d
 (``VMM_UNREACHABLE``), one that refuses a machine ``FailedPrecondition`` (``VMM_REFUSED``) with what it said.
 """
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -104,6 +104,9 @@ class Launch:
     """Descriptors to be inherited under their numbers; the driver closes them afterwards."""
     close: tuple[int, ...] = ()
     """Descriptors of the agent that the process needs until ``boot`` is done; the driver closes them then."""
+    listens: Callable[[], Awaitable[None]] | None = None
+    """Returns once the process takes requests, or never; it has no memory for its guest before. The driver moves it
+    into its control group meanwhile, and then calls ``boot``. None: it is moved first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
