@@ -276,7 +276,7 @@ def test_a_hostile_specification_is_refused_by_field_and_leaves_nothing(
     machines: Machines, kind: str, options: tuple[str, ...], field: str
 ) -> None:
     guest = linux_guest()
-    boot = () if {"--kernel", "--image"} & set(options) else ("--kernel", str(guest.kernel))
+    boot = () if "--kernel" in options else ("--kernel", str(guest.kernel))
 
     refused = machines.cluster.ctl("instance", "create", "evil", "--type", kind, *boot, *options)
 
