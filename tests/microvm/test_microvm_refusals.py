@@ -7,9 +7,15 @@ from collections.abc import Callable
 import pytest
 from msgspec.structs import replace
 
-from hvtest_microvms import FirecrackerBench, assignment
+from hvtest_microvms import FirecrackerBench, answer, assignment
 from hypervisor.agent.drivers.microvm import MicrovmDriver
-from hypervisor.core.errors import AlreadyExists, HypervisorError, InvalidArgument, NotFound
+from hypervisor.core.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    HypervisorError,
+    InvalidArgument,
+    NotFound,
+)
 from hypervisor.core.machines import CloudInit, MicrovmOptions, NetworkInterface, VmOptions
 from hypervisor.core.model import InstanceSpec
 from hypervisor.core.states import InstanceType
@@ -157,6 +163,25 @@ async def test_a_create_with_other_files_under_the_same_id_is_refused(
 
     with pytest.raises(AlreadyExists):
         await micro.create(replace(made, spec=node.spec(disk_gb=1)))
+
+
+async def test_a_create_with_another_size_under_the_same_id_waits_for_the_end_of_the_run(
+    node: FirecrackerBench, micro: MicrovmDriver
+) -> None:
+    made = assignment(node.shell())
+    await micro.create(made)
+    await micro.start(made.instance_id)
+    larger = replace(made, spec=node.spec(memory_mb=96), generation=2)
+
+    with pytest.raises(FailedPrecondition) as caught:
+        await micro.create(larger)
+    await micro.stop(made.instance_id, grace_s=0.0)
+    await micro.create(larger)
+    await micro.start(made.instance_id)
+
+    assert caught.value.reason == "UPDATE_REFUSED"
+    assert (await micro.get(made.instance_id)).generation == 2
+    await answer(micro, made.instance_id, "mem", "MEM 98304\r\n")
 
 
 async def test_no_kernel_at_all_is_told_with_the_key_of_the_default(

@@ -38,12 +38,22 @@ def machine_of(record: Record, config: MicrovmConfig) -> Machine:
 
 
 def end_of_run(
-    end: End, *, requested: bool, forced: bool, suspended: bool, oom_kills: int, now: datetime
+    end: End,
+    *,
+    requested: bool,
+    forced: bool,
+    suspended: bool,
+    oom_kills: int,
+    now: datetime,
+    earlier_boot: bool = False,
 ) -> RunEnd:
-    """How a run ended, from what its VMM makes of it and what the driver knows. ``forced``: the driver killed it."""
+    """How a run ended, from what its VMM makes of it and what the driver knows. ``forced``: the driver killed it.
+    ``earlier_boot``: it was a run before the node's restart."""
     exit_code, message = end.exit_code, end.message
     if suspended:
         reason, message = "SUSPENDED", "its memory is on disk: the next start goes on from there"
+    elif earlier_boot and end.crashed:
+        reason, message = "NODE_RESTARTED", "the node was restarted while it ran"
     elif forced:
         reason, message = "KILLED", "it was ended by force as asked"
         exit_code = _KILLED if exit_code is None else exit_code

@@ -3,34 +3,42 @@
 from msgspec.structs import replace
 
 from hypervisor.agent.drivers.cpu_quota import apply_cpu_limit, cpu_limit
+from hypervisor.agent.drivers.microvm.records import Record
 from hypervisor.agent.drivers.microvm.runner import Runner
 from hypervisor.agent.drivers.microvm.tracking import Live, Tracker
 from hypervisor.core.errors import FailedPrecondition
 from hypervisor.core.model import Observation, Sizes
 
-__all__ = ["resize"]
+__all__ = ["check_sizes", "resize"]
 
 
 def resize(tracker: Tracker, runner: Runner, live: Live, sizes: Sizes) -> Observation:
     """See ``Updating``. The instance's lock is held. Raises OSError where its control group cannot be written."""
     record = live.record
-    before, after = tracker.machine(record), replace(record, spec=sizes.of(record.spec))
-    wanted = tracker.machine(after)
-    machine_changes = (before.vcpus, before.memory_mib) != (wanted.vcpus, wanted.memory_mib)
-    if machine_changes:
-        if live.running:
-            raise _refused(
-                live, f"processors and memory of {record.vmm_version} are fixed while it runs: stop it first"
-            )
-        if record.suspended:
-            raise _refused(live, "its memory is on disk: start it, and stop it, first")
-        if any(kept.snapshot.memory for kept in record.snapshots):
-            raise _refused(live, "its snapshots hold memory of the size it has now: delete them first")
+    after = replace(record, spec=sizes.of(record.spec))
+    check_sizes(tracker, live, after)
     if live.running:
         paths = runner.groups.paths(record.instance_id)
         apply_cpu_limit(paths, cpu_limit(sizes.cpu_millis))
     tracker.save(live, after)
     return tracker.observe(live)
+
+
+def check_sizes(tracker: Tracker, live: Live, after: Record) -> None:
+    """Refuse another record whose machine has other sizes while the present ones are in use.
+    ``FailedPrecondition`` (``UPDATE_REFUSED``)."""
+    record = live.record
+    before, wanted = tracker.machine(record), tracker.machine(after)
+    if (before.vcpus, before.memory_mib) == (wanted.vcpus, wanted.memory_mib):
+        return
+    if live.running:
+        raise _refused(
+            live, f"processors and memory of {record.vmm_version} are fixed while it runs: stop it first"
+        )
+    if record.suspended:
+        raise _refused(live, "its memory is on disk: start it, and stop it, first")
+    if any(kept.snapshot.memory for kept in record.snapshots):
+        raise _refused(live, "its snapshots hold memory of the size it has now: delete them first")
 
 
 def _refused(live: Live, why: str) -> FailedPrecondition:
