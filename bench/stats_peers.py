@@ -11,6 +11,8 @@ of them; ours reads four files of each (see stats_sampling.py).
   memory_info, num_threads and io_counters in one oneshot; glances makes its list of processes once a second, all other
   plug-ins off, and its cost is spread over all processes that it looks at.
 
+Beside those that work once a second, ours pauses between its samples too, so that it finds as little in the caches.
+
 In each pair of runs the loop of preads in C that is the limit of ours (limits/cgroup_pread.c) is measured too, and held
 against the same peer: a goal that even this loop does not reach is below what reading these files costs.
 """
@@ -18,15 +20,17 @@ against the same peer: a goal that even this loop does not reach is below what r
 import importlib
 import json
 import os
+import queue
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +44,9 @@ PAIRS = 5
 FIFTIETH = 0.02
 TENTH = 0.1
 GOALS = {"systemd-cgtop": FIFTIETH, "netdata": FIFTIETH, "glances": FIFTIETH, "psutil": TENTH}
+
+PAUSE_S = 0.1
+"""Samples after a second cost what they cost after a twentieth of one: the caches are as cold."""
 
 NETDATA_WINDOW_S = 10.0
 GLANCES_ROUNDS = 4
@@ -131,13 +138,15 @@ def _process_cpu_s(pid: int) -> float:
 
 
 @contextmanager
-def _running(command: Sequence[str], directory: Path) -> Iterator[subprocess.Popen[str]]:
-    """A program that runs until we leave, its files in ``directory``, its standard output in a pipe."""
+def _running(
+    command: Sequence[str], directory: Path, *, stdout: int = subprocess.DEVNULL
+) -> Iterator[subprocess.Popen[str]]:
+    """A program that runs until we leave, its files in ``directory``."""
     environment = os.environ | {"TMPDIR": str(directory), "HOME": str(directory), "DO_NOT_TRACK": "1"}
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.DEVNULL,
         text=True,
         env=environment,
@@ -148,7 +157,7 @@ def _running(command: Sequence[str], directory: Path) -> Iterator[subprocess.Pop
     finally:
         process.terminate()
         try:
-            process.communicate(timeout=30)
+            process.wait(timeout=30)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -248,28 +257,30 @@ def _glances(scratch: Path) -> Iterator[Callable[[], float]]:
     """Glances on all processes; what a round of it costs for each of them, in microseconds."""
     directory = scratch / "glances"
     directory.mkdir()
-    (directory / "glances.conf").touch()
+    # By default it looks anew a second after it has finished looking: in every second round.
+    (directory / "glances.conf").write_text("[processcount]\nrefresh=0.5\n")
     command = [
         *("glances", "-C", str(directory / "glances.conf"), "-t", "1", "--disable-check-update"),
         *("--disable-plugin", "all", "--enable-plugin", "processcount", "--stdout", "processcount.total"),
     ]
-    with _running(command, directory) as process:
+    rounds: queue.Queue[tuple[int, float]] = queue.Queue()
+    """How many processes each round showed, and how much processor time glances had used by then."""
+
+    def follow(process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
-        lines = process.stdout
+        for line in process.stdout:
+            with suppress(FileNotFoundError, ProcessLookupError):
+                rounds.put((int(line.removeprefix("processcount.total: ")), _process_cpu_s(process.pid)))
 
-        def seen() -> int:
-            line = lines.readline()
-            assert line.startswith("processcount.total: "), f"glances said {line!r}"
-            return int(line.split()[1])
+    def window() -> float:
+        while not rounds.empty():  # those that came while others were measured
+            rounds.get()
+        seen = [rounds.get(timeout=60.0) for _ in range(GLANCES_ROUNDS + 1)]
+        assert min(count for count, _ in seen) >= COUNT
+        return (seen[-1][1] - seen[0][1]) * 1e6 / sum(count for count, _ in seen[1:])
 
-        seen()
-
-        def window() -> float:
-            begin = _process_cpu_s(process.pid)
-            counts = [seen() for _ in range(GLANCES_ROUNDS)]
-            assert min(counts) >= COUNT
-            return (_process_cpu_s(process.pid) - begin) * 1e6 / sum(counts)
-
+    with _running(command, directory, stdout=subprocess.PIPE) as process:
+        threading.Thread(target=follow, args=(process,), daemon=True).start()
         yield window
 
 
@@ -285,10 +296,10 @@ def _missing(peer: str, why: str) -> Claim:
 
 
 def _claims(
-    peer: str, ours: Ours, limit: ReadLoop, theirs: Callable[[], float], note: str
+    peer: str, ours: Callable[[], float], limit: ReadLoop, theirs: Callable[[], float], note: str
 ) -> Iterator[Claim]:
     """Ours of the peer's, and the loop in C of the peer's."""
-    mine, bare, other = interleave_all((ours.run, limit.run, theirs), pairs=PAIRS)
+    mine, bare, other = interleave_all((ours, limit.run, theirs), pairs=PAIRS)
     for name, figures, said in (
         (_name(peer), mine, note),
         (f"the four reads of it alone, in C, of {peer}'s", bare, "what ours cannot be below"),
@@ -308,21 +319,23 @@ def _claims(
 
 def _of_groups(name: str, scratch: Path, ours: Ours, limit: ReadLoop) -> Iterator[Claim]:
     """Beside those that read control groups; one of the groups is inhabited."""
+    paced = partial(ours.run, pause_s=PAUSE_S)
     if shutil.which("systemd-cgtop"):
         note = "both read the same groups; it shows the one with a process in it"
-        yield from _claims("systemd-cgtop", ours, limit, partial(_cgtop, name), note)
+        yield from _claims("systemd-cgtop", ours.run, limit, partial(_cgtop, name), note)
     else:
         yield _missing("systemd-cgtop", "not installed")
     if shutil.which("netdata"):
         with _netdata(name, scratch) as window:
             note = "it reads cpuacct, memory and blkio of the same groups once a second, all else off"
-            yield from _claims("netdata", ours, limit, window, note)
+            yield from _claims("netdata", paced, limit, window, note)
     else:
         yield _missing("netdata", "not installed")
 
 
 def _of_processes(scratch: Path, pids: Sequence[int], ours: Ours, limit: ReadLoop) -> Iterator[Claim]:
     """Beside those that read processes; every group is inhabited."""
+    paced = partial(ours.run, pause_s=PAUSE_S)
     try:
         psutil = importlib.import_module("psutil")
     except ImportError:
@@ -330,11 +343,11 @@ def _of_processes(scratch: Path, pids: Sequence[int], ours: Ours, limit: ReadLoo
     else:
         note = "it reads /proc of the process in each of the groups"
         processes = [psutil.Process(pid) for pid in pids]
-        yield from _claims("psutil", ours, limit, partial(_psutil, processes), note)
+        yield from _claims("psutil", ours.run, limit, partial(_psutil, processes), note)
     if shutil.which("glances"):
         with _glances(scratch) as window:
             note = "it reads /proc of all processes, those in the groups among them; it knows no plain groups"
-            yield from _claims("glances", ours, limit, window, note)
+            yield from _claims("glances", paced, limit, window, note)
     else:
         yield _missing("glances", "not installed")
 

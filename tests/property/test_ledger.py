@@ -37,6 +37,9 @@ class Facts:
     def penalty(self, node_id: str) -> int:
         return 0
 
+    def images(self, node_id: str) -> frozenset[str]:
+        return frozenset()
+
     def refresh(self) -> None:
         pass
 

@@ -7,12 +7,15 @@ import json
 import struct
 import tarfile
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import grpc
-import grpc.aio
 
 from hypervisor.v1 import image_pb2, image_pb2_grpc
+
+if TYPE_CHECKING:
+    from hvtest_whole_cluster import WholeServer
 
 __all__ = [
     "Uploader",
@@ -20,10 +23,10 @@ __all__ = [
     "elf",
     "eventually",
     "initrd",
+    "messages",
     "oci_archive",
     "qcow2",
     "raw_disk",
-    "requests",
     "sha256_of",
     "tar_of",
 ]
@@ -109,10 +112,15 @@ def oci_archive() -> bytes:
 
 
 class Uploader:
-    """Sends images over ImageService."""
+    """Sends images over ImageService. ``stub`` is for calls that do not stream.
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
-        self.stub: image_pb2_grpc.ImageServiceAsyncStub = image_pb2_grpc.ImageServiceStub(channel)
+    Uploads go by the blocking client, as the command line's do: it tells the refusal of an upload that it is still
+    sending, where the asynchronous one may only tell that a write failed (INTERNAL).
+    """
+
+    def __init__(self, server: "WholeServer") -> None:
+        self.stub: image_pb2_grpc.ImageServiceAsyncStub = image_pb2_grpc.ImageServiceStub(server.channel)
+        self._address = server.addresses.grpc
 
     async def send(
         self,
@@ -125,6 +133,7 @@ class Uploader:
         size: int | None = None,
         offset: int = 0,
         until: int | None = None,
+        token: str = "",
     ) -> image_pb2.Image:
         """Send ``data[offset:until]`` of ``data``; ``sha256`` None: the right one."""
         header = image_pb2.ImportImageHeader(
@@ -134,7 +143,19 @@ class Uploader:
             sha256=sha256_of(data) if sha256 is None else sha256,
             upload_id=upload_id or uuid.uuid4().hex,
         )
-        return await self.stub.ImportImage(requests(header, data[:until], offset=offset))
+        return await self.stream(messages(header, data[:until], offset=offset), token=token)
+
+    async def stream(
+        self, requests: Iterable[image_pb2.ImportImageRequest], *, token: str = ""
+    ) -> image_pb2.Image:
+        """Send these messages."""
+        return await asyncio.to_thread(self._stream, iter(requests), token)
+
+    def _stream(self, requests: Iterator[image_pb2.ImportImageRequest], token: str) -> image_pb2.Image:
+        with grpc.insecure_channel(self._address) as channel:
+            stub = image_pb2_grpc.ImageServiceStub(channel)
+            metadata = (("authorization", f"Bearer {token}"),) if token else ()
+            return stub.ImportImage(requests, metadata=metadata, timeout=60)
 
 
 async def eventually(condition: Callable[[], Awaitable[object]], *, timeout_s: float = 10.0) -> None:
@@ -144,9 +165,9 @@ async def eventually(condition: Callable[[], Awaitable[object]], *, timeout_s: f
             await asyncio.sleep(0.01)
 
 
-async def requests(
+def messages(
     header: image_pb2.ImportImageHeader, data: bytes, *, offset: int = 0
-) -> AsyncIterator[image_pb2.ImportImageRequest]:
+) -> Iterator[image_pb2.ImportImageRequest]:
     """The stream of one upload."""
     yield image_pb2.ImportImageRequest(header=header)
     for position in range(offset, len(data), CHUNK):

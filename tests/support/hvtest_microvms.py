@@ -18,6 +18,7 @@ from hypervisor.agent.drivers.microvm import FirecrackerVmm, MicrovmConfig, Micr
 from hypervisor.agent.drivers.microvm.control_groups import ControlGroups
 from hypervisor.agent.drivers.microvm.processes import processes_in
 from hypervisor.agent.drivers.microvm.records import RecordStore
+from hypervisor.agent.drivers.microvm.vmm import Run
 from hypervisor.core.clock import SystemClock
 from hypervisor.core.ids import new_id
 from hypervisor.core.machines import MicrovmOptions, VmmChoice
@@ -74,6 +75,9 @@ class FirecrackerBench:
             bridges=bridges,
             vmm=VmmChoice.FIRECRACKER,
             jail=jail,
+            # Others may be tested on the same machine.
+            first_uid=1_000_000_000 + os.getpid() * 512,
+            uids=512,
             cgroup=f"hypervisor-test-{self.directory.name}",
         )
 
@@ -83,7 +87,7 @@ class FirecrackerBench:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for run in tuple(processes_in((self.directory,))):
+        for run in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(run.pid, 9)
         groups = ControlGroups(self.config.cgroup_root, self.config.cgroup)
@@ -91,6 +95,11 @@ class FirecrackerBench:
             groups.remove(name)
         groups.remove("")
         shutil.rmtree(self.directory)
+
+    def processes(self) -> tuple[Run, ...]:
+        """Of this node, known to a driver or not."""
+        uids = range(self.config.first_uid, self.config.first_uid + self.config.uids)
+        return tuple(processes_in((self.directory,), uids=uids))
 
     def vmm(self) -> FirecrackerVmm:
         """Firecracker, as the configuration has it."""
@@ -142,7 +151,7 @@ class FirecrackerBench:
                 for base in (self.config.data_dir / "instances", self.config.run_dir)
                 for path in base.glob("*")
             ],
-            "processes": [str(run.pid) for run in processes_in((self.directory,))],
+            "processes": [str(run.pid) for run in self.processes()],
             "control groups": list(ControlGroups(self.config.cgroup_root, self.config.cgroup).names()),
         }
         return {kind: names for kind, names in found.items() if names}

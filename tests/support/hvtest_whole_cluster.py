@@ -188,6 +188,6 @@ def container(
     return compute_pb2.CreateInstanceRequest(request_id=request_id, no_wait=no_wait, instance=instance)
 
 
-def failure_of(error: grpc.aio.AioRpcError) -> HypervisorError:
+def failure_of(error: grpc.RpcError) -> HypervisorError:
     """The error of the tree behind a failed call."""
-    return from_rpc_error(error, peer="the server")
+    return from_rpc_error(error, peer="the server")  # type: ignore[arg-type]  # an RpcError is a Call too

@@ -1,7 +1,7 @@
-"""The host's interpreter and C compiler.
+"""The host's interpreter and C compiler, and the libraries of its that Python packages wrap.
 
-Each is wrapped in a script that names its version, so that a change of either changes the keys of the actions that
-run it. These two, the C library and /bin/sh are all that a build takes from the host.
+The first two are wrapped in scripts that name their versions, so that a change of either changes the keys of the actions
+that run it. These, the C library and /bin/sh are all that a build takes from the host.
 """
 
 _PROBE = """
@@ -81,6 +81,21 @@ host_cc = repository_rule(
     implementation = _host_cc_impl,
     doc = "@name//:cc, the host's C compiler.",
     environ = ["CC", "PATH"],
+    local = True,
+)
+
+def _host_library_impl(rctx):
+    found = rctx.execute(["pkg-config", "--modversion", rctx.attr.package])
+    if found.return_code:
+        fail("no %s for development: run tools/setup\n%s%s" % (rctx.attr.package, found.stdout, found.stderr))
+    rctx.file("version", found.stdout)
+    rctx.file("BUILD.bazel", "exports_files([\"version\"])\n")
+
+host_library = repository_rule(
+    implementation = _host_library_impl,
+    doc = "@name//:version, that of a library of the host with its headers: what depends on it follows its changes.",
+    attrs = {"package": attr.string(mandatory = True, doc = "name that pkg-config knows it by")},
+    environ = ["PATH", "PKG_CONFIG_PATH"],
     local = True,
 )
 

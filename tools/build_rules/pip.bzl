@@ -8,7 +8,9 @@ as `_`), with the targets
     :site/<path>   any file of it
 
 What a package requires is read from the lock too: pip-compile notes in `# via` comments who asked for a package.
-Wheels only: building from an sdist would run its code with the host's compiler at fetch time.
+Wheels only: building from an sdist would run its code with the host's compiler at fetch time. A package that exists as
+nothing else is named in `sdists`, with a build backend of ours that takes the place of the one it asks for: see
+libvirt_python.py. It is built anew when the host's compiler or the library it wraps changes.
 """
 
 def _normalize(package):
@@ -64,13 +66,19 @@ def _pip_lock_impl(rctx):
         "",
         "def install_packages():",
     ]
+    unknown = [package for package in rctx.attr.sdists.values() if package not in lock]
+    if unknown:
+        fail("pip_lock: sdists names %s, which %s does not" % (", ".join(unknown), rctx.attr.lock))
+    backends = {package: str(backend) for backend, package in rctx.attr.sdists.items()}
     for package in sorted(lock):
-        lines.append("    pip_package(name = \"%s_%s\", requirement = \"%s\", deps = %r, workspace = \"%s\")" % (
+        backend = ", backend = \"%s\"" % backends[package] if package in backends else ""
+        lines.append("    pip_package(name = \"%s_%s\", requirement = \"%s\", deps = %r, workspace = \"%s\"%s)" % (
             rctx.name,
             package,
             lock[package].requirement,
             ["@%s_%s//:pkg" % (rctx.name, dep) for dep in lock[package].deps],
             rctx.attr.workspace,
+            backend,
         ))
     rctx.file("packages.bzl", "\n".join(lines) + "\n")
     rctx.file("BUILD.bazel", "")
@@ -80,6 +88,10 @@ pip_lock = repository_rule(
     doc = "@name//:packages.bzl with install_packages(), which defines one pip_package per line of the lock.",
     attrs = {
         "lock": attr.label(allow_single_file = True, mandatory = True),
+        "sdists": attr.label_keyed_string_dict(
+            allow_files = True,
+            doc = "build backend, a module -> the normalized name of the package that it builds from source",
+        ),
         "workspace": attr.string(default = "hypervisor_repo", doc = "name of the repository that holds these rules"),
     },
 )
@@ -115,6 +127,18 @@ py_library(
 def _pip_package_impl(rctx):
     python = str(rctx.path(Label("@python//:python")))
     rctx.file("requirements.txt", rctx.attr.requirement + "\n")
+    how = ["--only-binary=:all:"]
+    environment = {"PIP_ROOT_USER_ACTION": "ignore"}
+    if rctx.attr.backend:
+        # Read, so that another of either is a reason to build anew.
+        rctx.read(Label("@libvirt_dev//:version"))
+        environment["CC"] = str(rctx.path(Label("@cc//:cc")))
+        rctx.symlink(rctx.attr.backend, "backend/setuptools/build_meta.py")
+        rctx.file("backend/setuptools/__init__.py", "")
+        environment["PYTHONPATH"] = str(rctx.path("backend"))
+
+        # No cache: it may hold a wheel that something else has built.
+        how = ["--no-binary=:all:", "--no-build-isolation", "--no-cache-dir"]
     result = rctx.execute([
         python,
         "-m",
@@ -124,11 +148,10 @@ def _pip_package_impl(rctx):
         "--disable-pip-version-check",
         "--no-deps",
         "--require-hashes",
-        "--only-binary=:all:",
         "--no-compile",
         "--target=site",
         "--requirement=requirements.txt",
-    ], timeout = 1200, environment = {"PIP_ROOT_USER_ACTION": "ignore"})
+    ] + how, timeout = 1200, environment = environment)
     if result.return_code:
         fail("pip could not install %s\n%s\n%s" %
              (rctx.attr.requirement.split(" ")[0], result.stdout, result.stderr))
@@ -147,6 +170,10 @@ pip_package = repository_rule(
         "requirement": attr.string(mandatory = True),
         # Strings, not labels: a repository is fetched when something builds with it, not when another one names it.
         "deps": attr.string_list(),
+        "backend": attr.label(
+            allow_single_file = True,
+            doc = "build from source, by this module in the place of the build backend setuptools.build_meta",
+        ),
         "workspace": attr.string(mandatory = True),
     },
     environ = ["PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_CONFIG_FILE", "PIP_FIND_LINKS"],

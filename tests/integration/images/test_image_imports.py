@@ -3,6 +3,7 @@
 import asyncio
 import os
 import resource
+import threading
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import grpc.aio
 import pytest
 
 from hvtest_control_plane import until
-from hvtest_images import Uploader, bzimage, eventually, oci_archive, qcow2, raw_disk, requests, sha256_of
+from hvtest_images import Uploader, bzimage, eventually, messages, oci_archive, qcow2, raw_disk, sha256_of
 from hvtest_whole_cluster import WholeServer, container, failure_of, whole_server
 from hypervisor.core.errors import FailedPrecondition, HypervisorError
 from hypervisor.v1 import image_pb2, instance_pb2, operation_pb2
@@ -31,7 +32,7 @@ async def server(tmp_path: Path) -> AsyncIterator[WholeServer]:
 
 @pytest.fixture
 def uploader(server: WholeServer) -> Uploader:
-    return Uploader(server.channel)
+    return Uploader(server)
 
 
 def content_in(directory: Path) -> list[str]:
@@ -44,7 +45,7 @@ def partials_in(directory: Path) -> list[Path]:
 
 
 async def refused(call: object) -> HypervisorError:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
+    with pytest.raises(grpc.RpcError) as caught:
         await call  # type: ignore[misc]
     return failure_of(caught.value)
 
@@ -121,7 +122,7 @@ async def test_two_clients_that_import_one_name_at_once_get_one_image(
     answers = await asyncio.gather(*(uploader.send(disk) for disk in disks), return_exceptions=True)
 
     won = [a for a in answers if isinstance(a, image_pb2.Image)]
-    lost = [failure_of(a) for a in answers if isinstance(a, grpc.aio.AioRpcError)]
+    lost = [failure_of(a) for a in answers if isinstance(a, grpc.RpcError)]
     assert len(won) == 1
     assert [error.reason for error in lost] == ["IMAGE_NAME_TAKEN"] * 3
     assert content_in(tmp_path) == [won[0].sha256]
@@ -138,19 +139,17 @@ async def test_two_clients_that_send_the_same_content_both_succeed(
 
 async def test_one_upload_is_sent_by_one_client_at_a_time(uploader: Uploader) -> None:
     header = image_pb2.ImportImageHeader(name="slow", size_bytes=len(DISK), upload_id="u-1")
-    gate = asyncio.Event()
+    gate = threading.Event()
 
-    async def slowly() -> AsyncIterator[image_pb2.ImportImageRequest]:
-        sent = 0
-        async for request in requests(header, DISK):
+    def slowly() -> Iterator[image_pb2.ImportImageRequest]:
+        for number, request in enumerate(messages(header, DISK)):
             yield request
-            sent += 1
-            if sent == 3:
-                await gate.wait()
+            if number == 2:
+                gate.wait(30)
 
-    first = uploader.stub.ImportImage(slowly())
+    first = asyncio.create_task(uploader.stream(slowly()))
     await eventually(lambda: _received(uploader, "u-1"))
-    error = await refused(uploader.stub.ImportImage(requests(header, DISK)))
+    error = await refused(uploader.stream(messages(header, DISK)))
     gate.set()
 
     assert (type(error).__name__, error.reason) == ("Conflict", "UPLOAD_IN_PROGRESS")
@@ -184,17 +183,17 @@ async def test_a_truncated_upload_is_kept_and_gone_on_with(uploader: Uploader, t
 async def test_an_upload_goes_on_after_the_server_was_started_again(tmp_path: Path) -> None:
     half = 8 * (64 << 10)
     async with whole_server(tmp_path) as server:
-        await refused(Uploader(server.channel).send(DISK, upload_id="u", until=half))
+        await refused(Uploader(server).send(DISK, upload_id="u", until=half))
 
     async with whole_server(tmp_path) as server:
-        uploader = Uploader(server.channel)
+        uploader = Uploader(server)
         assert await _received(uploader, "u") == half
         made = await uploader.send(DISK, upload_id="u", offset=half)
         assert len(made.servers) == 1
 
     async with whole_server(tmp_path) as server:
         # Its address and its id are other ones; the store is the same.
-        found = await Uploader(server.channel).stub.GetImage(image_pb2.GetImageRequest(image="debian-12"))
+        found = await Uploader(server).stub.GetImage(image_pb2.GetImageRequest(image="debian-12"))
         assert found.servers == [f"http://{server.addresses.http}"]
 
 
@@ -269,7 +268,7 @@ async def test_a_wrong_header_is_refused_by_its_field(
     legal = {"name": "x", "size_bytes": 10, "upload_id": "u"}
     sent = image_pb2.ImportImageHeader(**legal | header)  # type: ignore[arg-type]
 
-    error = await refused(uploader.stub.ImportImage(requests(sent, b"x" * 10)))
+    error = await refused(uploader.stream(messages(sent, b"x" * 10)))
 
     assert (type(error).__name__, error.metadata["field"]) == ("InvalidArgument", field)
     assert not (tmp_path / "images").exists()
@@ -282,39 +281,39 @@ async def test_hostile_upload_ids_stay_inside_the_store(uploader: Uploader, tmp_
 
 
 async def test_a_stream_without_header_or_with_two_is_refused(uploader: Uploader) -> None:
-    async def nothing() -> AsyncIterator[image_pb2.ImportImageRequest]:
+    def nothing() -> Iterator[image_pb2.ImportImageRequest]:
         for _ in range(0):
             yield image_pb2.ImportImageRequest()
 
-    async def twice() -> AsyncIterator[image_pb2.ImportImageRequest]:
+    def twice() -> Iterator[image_pb2.ImportImageRequest]:
         header = image_pb2.ImportImageHeader(name="x", size_bytes=10, upload_id="u")
         yield image_pb2.ImportImageRequest(header=header)
         yield image_pb2.ImportImageRequest(header=header)
 
-    async def too_much() -> AsyncIterator[image_pb2.ImportImageRequest]:
+    def too_much() -> Iterator[image_pb2.ImportImageRequest]:
         header = image_pb2.ImportImageHeader(name="x", size_bytes=8 << 20, upload_id="v")
         yield image_pb2.ImportImageRequest(header=header)
         yield image_pb2.ImportImageRequest(
             chunk=image_pb2.ImportImageChunk(offset=0, data=bytes((1 << 20) + 1))
         )
 
-    assert (await refused(uploader.stub.ImportImage(nothing()))).metadata["field"] == "header"
-    assert (await refused(uploader.stub.ImportImage(twice()))).metadata["field"] == "chunk"
-    assert (await refused(uploader.stub.ImportImage(too_much()))).metadata["field"] == "chunk.data"
+    assert (await refused(uploader.stream(nothing()))).metadata["field"] == "header"
+    assert (await refused(uploader.stream(twice()))).metadata["field"] == "chunk"
+    assert (await refused(uploader.stream(too_much()))).metadata["field"] == "chunk.data"
 
 
 async def test_a_client_that_stops_sending_is_let_go(tmp_path: Path) -> None:
     async with whole_server(tmp_path, "image_store.upload_idle=200ms") as server:
-        uploader = Uploader(server.channel)
-        never = asyncio.Event()
+        uploader = Uploader(server)
+        never = threading.Event()
 
-        async def stalls() -> AsyncIterator[image_pb2.ImportImageRequest]:
+        def stalls() -> Iterator[image_pb2.ImportImageRequest]:
             header = image_pb2.ImportImageHeader(name="x", size_bytes=len(DISK), upload_id="u")
-            async for request in requests(header, DISK[: 64 << 10]):
-                yield request
-            await never.wait()
+            yield from messages(header, DISK[: 64 << 10])
+            never.wait(30)
 
-        error = await refused(uploader.stub.ImportImage(stalls()))
+        error = await refused(uploader.stream(stalls()))
+        never.set()
 
         assert (type(error).__name__, error.reason) == ("DeadlineExceeded", "UPLOAD_STALLED")
         assert await _received(uploader, "u") == 64 << 10
@@ -322,14 +321,14 @@ async def test_a_client_that_stops_sending_is_let_go(tmp_path: Path) -> None:
 
 async def test_an_image_larger_than_the_limit_is_refused_before_it_is_sent(tmp_path: Path) -> None:
     async with whole_server(tmp_path, "image_store.max_bytes=1MiB") as server:
-        error = await refused(Uploader(server.channel).send(DISK, size=(1 << 20) + 1))
+        error = await refused(Uploader(server).send(DISK, size=(1 << 20) + 1))
 
     assert (type(error).__name__, error.reason) == ("ResourceExhausted", "IMAGE_TOO_LARGE")
 
 
 async def test_an_image_that_the_disk_cannot_hold_is_refused_before_it_is_sent(tmp_path: Path) -> None:
     async with whole_server(tmp_path, "image_store.max_bytes=100TiB") as server:
-        error = await refused(Uploader(server.channel).send(DISK, size=90 << 40, sha256=""))
+        error = await refused(Uploader(server).send(DISK, size=90 << 40, sha256=""))
 
     assert (type(error).__name__, error.reason) == ("ResourceExhausted", "DISK_FULL")
     assert partials_in(tmp_path) == []
@@ -349,7 +348,7 @@ def files_of_at_most(limit: int) -> Iterator[None]:
 async def test_a_disk_that_is_full_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
     large = raw_disk(sectors=64_000)
     async with whole_server(tmp_path) as server:
-        uploader = Uploader(server.channel)
+        uploader = Uploader(server)
         with files_of_at_most(20 << 20):
             error = await refused(uploader.send(large))
 
@@ -395,9 +394,7 @@ async def test_content_is_served_by_its_digest_whole_and_by_ranges(
 async def test_content_is_for_those_whom_the_api_knows(tmp_path: Path) -> None:
     token = uuid.uuid4().hex
     async with whole_server(tmp_path, "auth.mode=token", f"auth.tokens.alice={token}") as server:
-        metadata = (("authorization", f"Bearer {token}"),)
-        header = image_pb2.ImportImageHeader(name="x", size_bytes=len(DISK), upload_id="u")
-        made = await Uploader(server.channel).stub.ImportImage(requests(header, DISK), metadata=metadata)
+        made = await Uploader(server).send(DISK, token=token)
         url = f"{made.servers[0]}/images/sha256/{made.sha256}"
 
         async with aiohttp.ClientSession() as session:
@@ -405,7 +402,7 @@ async def test_content_is_for_those_whom_the_api_knows(tmp_path: Path) -> None:
                 assert unknown.status == 401
             async with session.get(url, headers={"Authorization": f"Bearer {token}"}) as known:
                 assert await known.read() == DISK
-        stranger = await refused(Uploader(server.channel).send(DISK))
+        stranger = await refused(Uploader(server).send(DISK))
         assert stranger.reason == "TOKEN_MISSING"
 
 
@@ -501,8 +498,8 @@ async def test_a_store_in_use_by_another_server_is_refused(tmp_path: Path) -> No
     second.mkdir()
     shared = f"image_store.dir={tmp_path / 'shared'}"
     async with whole_server(first, shared) as one, whole_server(second, shared) as two:
-        await Uploader(one.channel).send(DISK)
-        error = await refused(Uploader(two.channel).send(DISK))
+        await Uploader(one).send(DISK)
+        error = await refused(Uploader(two).send(DISK))
 
     assert (type(error).__name__, error.reason) == ("FailedPrecondition", "IMAGE_STORE_IN_USE")
 
@@ -521,11 +518,11 @@ async def test_a_store_that_cannot_be_written_is_refused_with_its_path(tmp_path:
 
 async def test_content_that_the_disk_lost_can_be_imported_again(tmp_path: Path) -> None:
     async with whole_server(tmp_path) as server:
-        made = await Uploader(server.channel).send(DISK)
+        made = await Uploader(server).send(DISK)
     os.unlink(tmp_path / "images" / "sha256" / made.sha256[:2] / made.sha256)
 
     async with whole_server(tmp_path) as server:
-        uploader = Uploader(server.channel)
+        uploader = Uploader(server)
 
         async def known_to_be_lost() -> bool:
             found = await uploader.stub.GetImage(image_pb2.GetImageRequest(image=made.id))

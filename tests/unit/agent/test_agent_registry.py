@@ -1,6 +1,7 @@
 """Which drivers a node gets, and what it says of those it lacks."""
 
 import random
+import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
@@ -56,14 +57,28 @@ def _make(*enabled: str, third_party: tuple[EntryPoint, ...] = (), **table: Driv
     )
 
 
-def test_types_whose_drivers_come_later_are_listed_with_the_reason() -> None:
-    made = _make("vm")
+async def test_virtual_machines_are_run_by_libvirt() -> None:
+    (offered,) = _make("vm").offered
 
-    assert made.offered == ()
-    assert [(i.name, i.types, i.available) for i in made.missing] == [
-        ("libvirt", (InstanceType.VM,), False),
-    ]
-    assert "libvirt driver" in made.missing[0].reason
+    assert (offered.driver.name, offered.types) == ("libvirt", (InstanceType.VM,))
+    await offered.driver.aclose()
+
+
+def test_a_node_without_libvirts_library_says_so_and_offers_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    package = "hypervisor.agent.drivers.libvirt"
+    for name in [name for name in sys.modules if name == "libvirt" or name.startswith(package)]:
+        monkeypatch.delitem(sys.modules, name)
+    # What importing an extension module without its shared library raises.
+    monkeypatch.setitem(sys.modules, "libvirt", None)
+
+    made = _make("vm", "fake")
+
+    assert [offered.driver.name for offered in made.offered] == ["fake"]
+    (missing,) = made.missing
+    assert (missing.name, missing.types, missing.available) == ("libvirt", (InstanceType.VM,), False)
+    assert "libvirt0" in missing.reason
 
 
 def test_microvms_have_their_driver_by_their_type() -> None:

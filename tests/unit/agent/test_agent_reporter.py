@@ -53,6 +53,7 @@ class Link:
         resources: NodeResources,
         usage: InstancesUsage,
         stats: Mapping[str, InstanceStats],
+        images: Sequence[str] = (),
     ) -> HeartbeatTimes:
         raise AssertionError("a reporter sends no heartbeats")
 

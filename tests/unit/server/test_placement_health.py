@@ -148,3 +148,28 @@ def test_measured_use_is_told_in_steps_and_not_for_ever() -> None:
 def test_load_of_a_node_that_measures_nothing_is_not_known() -> None:
     assert load_of(NodeResources()) == -1
     assert load_of(NodeResources(cpu_millis=1000, cpu_used_millis=5000)) == 1000
+
+
+def test_images_of_a_node_are_those_of_its_newest_heartbeat_by_name() -> None:
+    clock = SetClock()
+    changed: list[str] = []
+    names = {"aa": ("debian-12", "debian"), "bb": ("linux",)}
+    facts = ServerFacts(
+        clock,
+        PlacementHealth(clock, half_life_s=600.0),
+        use_valid_s=30.0,
+        names_of=lambda digest: names.get(digest, ()),
+    )
+    facts.listen(changed.append)
+
+    facts.heard("n-1", NodeResources(), digests=["aa", "no longer an image"])
+    assert facts.images("n-1") == {"image:debian-12", "image:debian"}
+    facts.heard("n-1", NodeResources(), digests=["aa"])
+    assert changed == ["n-1"]
+    facts.heard("n-1", NodeResources(), digests=["bb"])
+    assert facts.images("n-1") == {"image:linux"}
+    assert changed == ["n-1"] * 2
+
+    clock.passed_s = 31.0
+    facts.refresh()
+    assert facts.images("n-1") == frozenset()

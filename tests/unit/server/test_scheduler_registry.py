@@ -1,12 +1,15 @@
 """Schedulers by name, built in and installed."""
 
+import sys
 from importlib.metadata import EntryPoint
+from types import ModuleType
 
 import pytest
 
 from hypervisor.core.errors import InvalidArgument
 from hypervisor.server.scheduler.default import DefaultScheduler
 from hypervisor.server.scheduler.options import SchedulerOptions
+from hypervisor.server.scheduler.plugins import Load, ResourcesFit
 from hypervisor.server.scheduler.registry import (
     ENTRY_POINT_GROUP,
     FILTER_GROUP,
@@ -45,24 +48,77 @@ def plugin(name: str, value: str, group: str) -> EntryPoint:
     return EntryPoint(name, value, group)
 
 
-_PLUGINS = "hypervisor.server.scheduler.plugins"
+class OddNodes(ResourcesFit):
+    """A filter of somebody's."""
+
+    name = "odd"
 
 
-def test_plug_ins_are_used_where_they_are_named() -> None:
+class Quiet(Load):
+    """A score of somebody's."""
+
+    name = "quiet"
+
+
+@pytest.fixture
+def plugged(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module that entry points can name."""
+    module = ModuleType("plugged")
+    vars(module).update(OddNodes=OddNodes, Quiet=Quiet, Load=Load, ResourcesFit=ResourcesFit)
+    monkeypatch.setitem(sys.modules, "plugged", module)
+    return "plugged"
+
+
+def test_plug_ins_are_used_where_they_are_named(plugged: str) -> None:
     found = (
-        plugin("again", f"{_PLUGINS}:ResourcesFit", FILTER_GROUP),
-        plugin("busy", f"{_PLUGINS}:Load", SCORE_GROUP),
+        plugin("odd-ones", f"{plugged}:OddNodes", FILTER_GROUP),
+        plugin("calm", f"{plugged}:Quiet", SCORE_GROUP),
         plugin("not-asked", "no_such_module:thing", SCORE_GROUP),
+        plugin("not-asked-either", f"{plugged}:Load", SCORE_GROUP),
     )
-    made = load_scheduler("default", SchedulerOptions(plugins=("again", "busy")), found=found)
+    made = load_scheduler("default", SchedulerOptions(plugins=("odd-ones", "calm")), found=found)
 
     assert isinstance(made, DefaultScheduler)
-    assert [one.name for one in made.judge.extra_filters] == ["resources"]
-    assert [(one.name, weight) for one, weight in made.judge.extra_scores] == [("load", 5)]
+    assert [one.name for one in made.judge.extra_filters] == ["odd"]
+    assert [(one.name, weight) for one, weight in made.judge.extra_scores] == [("quiet", 100)]
+
+
+@pytest.mark.parametrize(
+    ("value", "group", "name"), [("Load", SCORE_GROUP, "load"), ("ResourcesFit", FILTER_GROUP, "resources")]
+)
+def test_a_plug_in_with_the_name_of_a_built_in_one_is_refused(
+    plugged: str, value: str, group: str, name: str
+) -> None:
+    found = (plugin("mine", f"{plugged}:{value}", group),)
+    with pytest.raises(
+        InvalidArgument, match=f"'mine' calls itself '{name}'.*the built-in '{name}'"
+    ) as refused:
+        load_scheduler("default", SchedulerOptions(plugins=("mine",)), found=found)
+    assert refused.value.reason == "SCHEDULER_PLUGIN_NAME_TAKEN"
+
+
+def test_two_plug_ins_of_one_name_are_refused(plugged: str) -> None:
+    found = (
+        plugin("one", f"{plugged}:Quiet", SCORE_GROUP),
+        plugin("two", f"{plugged}:Quiet", SCORE_GROUP),
+    )
+    with pytest.raises(InvalidArgument, match=r"'two' calls itself 'quiet'.*the plug-in 'one'") as refused:
+        load_scheduler("default", SchedulerOptions(plugins=("one", "two")), found=found)
+    assert refused.value.reason == "SCHEDULER_PLUGIN_NAME_TAKEN"
+
+
+def test_two_packages_that_install_one_name_are_refused(plugged: str) -> None:
+    found = (
+        plugin("mine", f"{plugged}:Quiet", SCORE_GROUP),
+        plugin("mine", f"{plugged}:OddNodes", SCORE_GROUP),
+    )
+    with pytest.raises(InvalidArgument, match="'mine' is installed more than once") as refused:
+        load_scheduler("default", SchedulerOptions(plugins=("mine",)), found=found)
+    assert refused.value.reason == "SCHEDULER_PLUGIN_NAME_TAKEN"
 
 
 def test_an_unknown_plug_in_is_answered_with_those_there_are() -> None:
-    found = (plugin("busy", f"{_PLUGINS}:Load", SCORE_GROUP),)
+    found = (plugin("busy", "hypervisor.server.scheduler.plugins:Load", SCORE_GROUP),)
     with pytest.raises(InvalidArgument, match="installed are: busy") as refused:
         load_scheduler("default", SchedulerOptions(plugins=("bussy",)), found=found)
     assert refused.value.reason == "SCHEDULER_PLUGIN_UNKNOWN"

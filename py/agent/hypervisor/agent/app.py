@@ -221,6 +221,7 @@ class _Agent:
             rng=rng,
             registered=self._registered,
             default_interval_s=DEFAULT_HEARTBEAT_S,
+            images=lambda: self._images.digests,
         )
         self._health.on_change(lambda _name: self._reporter.drivers(self._health.infos()))
 

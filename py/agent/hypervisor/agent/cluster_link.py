@@ -93,6 +93,7 @@ class ClusterLink(Protocol):
         resources: NodeResources,
         usage: InstancesUsage,
         stats: Mapping[str, InstanceStats],
+        images: Sequence[str] = (),
     ) -> HeartbeatTimes: ...
 
     async def update_status(
@@ -172,6 +173,7 @@ class GrpcClusterLink:
         resources: NodeResources,
         usage: InstancesUsage,
         stats: Mapping[str, InstanceStats],
+        images: Sequence[str] = (),
     ) -> HeartbeatTimes:
         request = cluster_pb2.HeartbeatRequest(
             node_id=node.id,
@@ -180,6 +182,7 @@ class GrpcClusterLink:
             sent_at=timestamp_of(self._clock.now()),
             stats={instance_id: stats_to_wire(sample) for instance_id, sample in stats.items()},
             usage=usage_to_wire(usage),
+            image_digests=images,
         )
         answer = await self._call("Heartbeat", request, cluster_pb2.HeartbeatResponse)
         return HeartbeatTimes(seconds_of(answer.heartbeat_interval), seconds_of(answer.heartbeat_timeout))

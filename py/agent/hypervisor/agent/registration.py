@@ -5,7 +5,7 @@ The node works on while no server can be reached; this loop just keeps trying.
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import structlog
 
@@ -22,6 +22,9 @@ __all__ = ["HEARTBEAT_SAMPLES", "Membership"]
 
 HEARTBEAT_SAMPLES = 2000
 """Most samples a heartbeat carries: some 400 KB. See HeartbeatRequest in cluster.proto."""
+
+_HEARTBEAT_IMAGES = 1000
+"""Most digests of images it carries: 66 KB."""
 
 _BACKOFF = Backoff(initial_s=0.2, maximum_s=5.0)
 
@@ -44,6 +47,7 @@ class Membership:
         rng: random.Random,
         registered: asyncio.Event,
         default_interval_s: float,
+        images: Callable[[], Iterable[str]] = lambda: (),
     ) -> None:
         self._node = node
         self._link = link
@@ -56,6 +60,7 @@ class Membership:
         self._registered = registered
         self._interval_s = default_interval_s
         self._default_interval_s = default_interval_s
+        self._images = images
         self._again = asyncio.Event()
 
     def register_again(self) -> None:
@@ -109,6 +114,7 @@ class Membership:
                     resources=await self._read_resources(),
                     usage=self._stats.usage(),
                     stats=self._stats.newest(limit=HEARTBEAT_SAMPLES),
+                    images=sorted(self._images())[:_HEARTBEAT_IMAGES],
                 )
             except HypervisorError as exc:
                 if must_register(exc):

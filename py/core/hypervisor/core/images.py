@@ -26,6 +26,7 @@ __all__ = [
     "ImageUser",
     "NamedImage",
     "image_name_of",
+    "image_reference",
     "is_sha256",
     "named_images",
 ]
@@ -96,6 +97,13 @@ class NamedImage(msgspec.Struct, frozen=True):
     field: str
     name: str
     kind: ImageKind
+
+
+def image_reference(kind: InstanceType, image: str) -> str:
+    """``spec.image`` in one form: ``image:NAME`` wherever it names an image of the cluster, else as it is."""
+    bare = kind is not InstanceType.CONTAINER and not image.startswith(IMAGE_PREFIX)
+    name = image_name_of(image, bare=True) if bare else None
+    return image if name is None else f"{IMAGE_PREFIX}{name}"
 
 
 def is_sha256(text: str) -> bool:

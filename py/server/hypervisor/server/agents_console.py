@@ -4,8 +4,8 @@ Messages come as bytes: nearly all are output and nothing else, which goes on to
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractContextManager
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import grpc
 import grpc.aio
@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 
 from hypervisor.agent.v1 import agent_pb2
 from hypervisor.core.consoles import ConsoleOptions
-from hypervisor.core.errors import FailedPrecondition, Internal, Unavailable
+from hypervisor.core.errors import FailedPrecondition, Internal, InvalidArgument, Unavailable, Unimplemented
 from hypervisor.core.model import ConsoleSize
 from hypervisor.server.agents import (
     ConsoleClosed,
@@ -47,6 +47,7 @@ class AgentConsole:
         self._opened = opened
         self._translated = translated
         self._sending = asyncio.Lock()
+        self._has_granted = False
 
     async def output(self) -> AsyncGenerator[Output, None]:
         """What the viewer receives, ``ConsoleOpened`` first; ends after ``ConsoleClosed``. One consumer."""
@@ -55,7 +56,7 @@ class AgentConsole:
         reading = self._reading()
         try:
             while True:
-                with self._translated():
+                with self._errors():
                     message = await reading
                 if not isinstance(message, bytes):
                     break
@@ -83,11 +84,28 @@ class AgentConsole:
 
     async def grant(self, count: int) -> None:
         """The viewer takes so many more bytes."""
+        self._has_granted = True
         await self._write(instance_pb2.ConsoleInput(credit=count))
 
     async def aclose(self) -> None:
         """Detach; idempotent."""
         self._call.cancel()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            with self._translated():
+                yield
+        except InvalidArgument as exc:
+            # To an agent from before there was credit, it is a message with nothing in it that it knows.
+            if not self._has_granted or exc.metadata.get("field") != "input":
+                raise
+            raise Unimplemented(
+                "the agent of this node is of an older version that knows no credit: upgrade it, or attach without"
+                " window_bytes",
+                reason="CAPABILITY_MISSING",
+                metadata={"instance": self._opened.instance_id, "verb": "credit"},
+            ) from exc
 
     def _reading(self) -> "asyncio.Task[object]":
         # Not `async for`: grpc.aio forbids it on a call that `read` was used on.
@@ -98,7 +116,7 @@ class AgentConsole:
     async def _write(self, message: instance_pb2.ConsoleInput) -> None:
         try:
             async with self._sending:  # grpc.aio takes one write at a time
-                with self._translated():
+                with self._errors():
                     await self._call.write(message)
         except asyncio.InvalidStateError as exc:
             raise FailedPrecondition("the console has ended", reason="CONSOLE_ENDED") from exc

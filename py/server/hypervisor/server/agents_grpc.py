@@ -20,6 +20,7 @@ from hypervisor.server.agents import CallContext
 from hypervisor.server.agents_console import AgentConsole, attach_method, open_console
 from hypervisor.wire.consoles import log_options_to_wire, log_piece_from_wire
 from hypervisor.wire.enums import INSTANCE_TYPE, SNAPSHOT_KIND
+from hypervisor.wire.flow import STREAM_OPTIONS
 from hypervisor.wire.images import source_to_wire
 from hypervisor.wire.instances import observation_from_wire, spec_to_wire
 from hypervisor.wire.machines import snapshot_from_wire
@@ -44,6 +45,7 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_reconnect_backoff_ms", 5_000),
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.use_local_subchannel_pool", 1),
+    *STREAM_OPTIONS,
 )
 
 

@@ -112,6 +112,8 @@ class ClusterState:
         self.unfinished: dict[str, Versioned[OperationRecord]] = {}
         self.allocations: dict[str, Versioned[Allocation]] = {}
         self.images: dict[str, Versioned[Image]] = {}
+        self.image_names: dict[str, dict[str, str]] = {}
+        """Of the images with some content (by digest): their names by id."""
         self._instances_on: dict[str, dict[str, None]] = {}
         self._servers: dict[str, Versioned[ServerRecord]] = {}
         self._hostnames: dict[str, dict[str, None]] = {}
@@ -213,6 +215,7 @@ class ClusterState:
                 self._servers[server.id] = record
             case Image() as image:
                 self.images[image.id] = record
+                self.image_names.setdefault(image.sha256, {})[image.id] = image.name
             case _:
                 pass
 
@@ -237,6 +240,10 @@ class ClusterState:
                 del self._servers[server.id]
             case Image() as image:
                 del self.images[image.id]
+                names = self.image_names[image.sha256]
+                del names[image.id]
+                if not names:
+                    del self.image_names[image.sha256]
             case _:
                 pass
 

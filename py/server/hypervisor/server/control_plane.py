@@ -114,6 +114,7 @@ class ControlPlane:
             clock,
             PlacementHealth(clock, half_life_s=settings.penalty_half_life_s),
             use_valid_s=settings.heartbeat.timeout_s,
+            names_of=self.view.image_names,
         )
         ledger = Ledger(settings.allocation, facts)
         facts.listen(ledger.node_changed)

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from datetime import timedelta
 from functools import partial
 
 from hypervisor.core.clock import Clock
@@ -16,6 +17,7 @@ from hypervisor.server.agents import Agents, CallContext
 from hypervisor.server.committer import GroupCommitter, Lane
 from hypervisor.server.drafts import Batch
 from hypervisor.server.executor import OperationExecutor
+from hypervisor.server.images.naming import fetch_allowance_s
 from hypervisor.server.ledger import AllocationRules
 from hypervisor.server.operations import OperationService
 from hypervisor.server.placement import Placer
@@ -88,6 +90,7 @@ class InstanceService:
             project=draft.project,
         )
         deadline = self._executor.settings.deadline(self._clock.now(), "create")
+        deadline += timedelta(seconds=fetch_allowance_s(self._committer.known, draft))
         while True:
             await self._enter_terms(draft)
             try:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from hypervisor.core.errors import Internal
+from hypervisor.core.images import image_reference
 from hypervisor.core.model import Allocation, Instance, Node
 from hypervisor.core.resources import GIB, MIB, ZERO, Resources
 from hypervisor.core.states import InstanceStatus
@@ -76,6 +77,10 @@ class NodeFacts(Protocol):
 
     def penalty(self, node_id: str) -> int:
         """0..1000: how much placements there have failed lately."""
+        ...
+
+    def images(self, node_id: str) -> frozenset[str]:
+        """Images of the cluster (``image:NAME``) that the node has fetched."""
         ...
 
     def refresh(self) -> None:
@@ -171,6 +176,7 @@ class Ledger:
         if state is not None:
             image = self._images_of.get(instance_id, ("", ""))[1]
             alone = bool(image) and self._images_on[state.node.id][image] == 1
+            alone = alone and image not in self._facts.images(state.node.id)
             nodes[state.node.id] = replace(
                 state.with_more(resources, -1), images=state.images - {image} if alone else state.images
             )
@@ -226,20 +232,28 @@ class Ledger:
             node=node.value,
             reserved=held.reserved,
             instances=held.instances,
-            allocatable=self._rules.allocatable(node.value.capacity),
+            allocatable=self._allocatable(node.value),
             load=self._facts.load(node_id),
             penalty=self._facts.penalty(node_id),
             images=self._known_images(node_id),
         )
 
+    def _allocatable(self, node: Node) -> Resources:
+        """What may be reserved of the node; as it is shown where the record is the same one."""
+        shown = self._nodes.get(node.id)
+        if shown is not None and shown.node is node and shown.allocatable is not None:
+            return shown.allocatable
+        return self._rules.allocatable(node.capacity)
+
     def _known_images(self, node_id: str) -> frozenset[str]:
-        counted = self._images_on.get(node_id)
+        counted, fetched = self._images_on.get(node_id), self._facts.images(node_id)
         if not counted:
-            return frozenset()
+            return fetched
+        here = counted.keys() | fetched if fetched else counted.keys()
         known = self._nodes.get(node_id)
-        if known is not None and known.images == counted.keys():
+        if known is not None and known.images == here:
             return known.images
-        return frozenset(counted)
+        return frozenset(here)
 
     def _read_instance(self, draft: Draft, instance_id: str) -> set[str]:
         """Take an instance in; returns the nodes whose images changed by it."""
@@ -328,7 +342,7 @@ def _placed(instance: Instance) -> PlacedInstance:
 
 def _image(instance: Instance) -> str:
     """The image that the instance shows its node to have; empty where it shows none."""
-    return instance.spec.image if instance.status in _HAS_IMAGE else ""
+    return image_reference(instance.type, instance.spec.image) if instance.status in _HAS_IMAGE else ""
 
 
 class _Follower:

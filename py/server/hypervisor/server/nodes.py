@@ -60,6 +60,8 @@ from hypervisor.server.view import StoreView
 __all__ = ["NodeService"]
 
 _CAPACITY_TOLERANCE = 0.01
+_IMAGES_TAKEN = 1000
+"""Of those that a heartbeat names."""
 
 log = structlog.get_logger(__name__)
 
@@ -120,6 +122,7 @@ class NodeService:
         stats: Mapping[str, InstanceStats],
         *,
         usage: InstancesUsage,
+        images: Sequence[str] = (),
     ) -> HeartbeatTimes:
         node = self._present(node_id, incarnation)
         try:
@@ -132,7 +135,7 @@ class NodeService:
             ) from exc
         self._usage[node_id] = NodeUsage(resources, usage, self._clock.monotonic())
         self._keep_stats(node_id, stats, running=usage.running)
-        self._facts.heard(node_id, resources)
+        self._facts.heard(node_id, resources, digests=images[:_IMAGES_TAKEN])
         if _differs(node.capacity, resources.capacity):
             await self._committer.commit(lambda draft: _record_capacity(draft, node_id, resources.capacity))
         return self._times

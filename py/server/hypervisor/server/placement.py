@@ -19,6 +19,7 @@ from hypervisor.core.errors import (
     NotFound,
     ResourceExhausted,
 )
+from hypervisor.core.images import image_reference
 from hypervisor.core.model import Allocation, Instance, OperationRecord, PlacementRecord, ScorePart
 from hypervisor.core.states import InstanceStatus, PlacementPolicy
 from hypervisor.server import keys
@@ -187,7 +188,7 @@ class Placer:
             seed=f"{self._seed}/{seed}",
             project=order.project,
             labels=order.labels,
-            image=spec.image,
+            image=image_reference(order.type, spec.image),
             tolerations=spec.tolerations,
             affinity=spec.affinity,
             anti_affinity=spec.anti_affinity,

@@ -6,7 +6,7 @@ Implementations: ``instances.py``, ``nodes.py``, ``operations.py``, ``view.py``;
 All methods raise classes of :mod:`hypervisor.core.errors` only.
 """
 
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -363,8 +363,10 @@ class Nodes(Protocol):
         stats: Mapping[str, InstanceStats],
         *,
         usage: InstancesUsage,
+        images: Sequence[str] = (),
     ) -> HeartbeatTimes:
-        """A sign of life. ``stats`` may lack some of the node's instances: what was known of those stays."""
+        """A sign of life. ``stats`` may lack some of the node's instances: what was known of those stays.
+        ``images``: digests of those the node has."""
         ...
 
     async def update_status(

@@ -133,6 +133,10 @@ class StoreView:
         """All images."""
         return self._state.images.values()
 
+    def image_names(self, digest: str) -> tuple[str, ...]:
+        """Names of the images that have this content."""
+        return tuple(self._state.image_names.get(digest, {}).values())
+
     def node_alive(self, node_id: str) -> bool:
         """Whether the node's lease exists."""
         return self._state.mod_revision(keys.node_lease(node_id).path) > 0

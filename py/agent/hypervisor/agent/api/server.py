@@ -13,6 +13,7 @@ from hypervisor.agent.api.agent_service import AgentService
 from hypervisor.agent.v1 import agent_pb2
 from hypervisor.core.errors import FailedPrecondition, Unavailable
 from hypervisor.core.ids import IdSource
+from hypervisor.wire.flow import STREAM_OPTIONS
 from hypervisor.wire.rpc import Call, Dispatcher
 
 __all__ = ["AgentServer"]
@@ -27,6 +28,7 @@ _OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
+    *STREAM_OPTIONS,
 )
 
 

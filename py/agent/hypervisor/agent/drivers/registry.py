@@ -15,14 +15,14 @@ import structlog
 
 from hypervisor.agent.config import ContainerdSection
 from hypervisor.agent.config_machines import LibvirtSection, MachinesSection, MicrovmSection
-from hypervisor.agent.drivers.driver import VERBS, Driver
+from hypervisor.agent.drivers.driver import Driver
 from hypervisor.agent.drivers.fake import FakeConfig, FakeDriver
 from hypervisor.agent.drivers.guard import DriverDeadlines, GuardedDriver
 from hypervisor.agent.drivers.health import OfferedDriver
 from hypervisor.core.clock import Clock
-from hypervisor.core.errors import HypervisorError
+from hypervisor.core.errors import HypervisorError, Unavailable
 from hypervisor.core.ids import IdSource
-from hypervisor.core.model import Capability, DriverInfo
+from hypervisor.core.model import DriverInfo
 from hypervisor.core.states import InstanceType
 
 __all__ = ["DRIVERS", "ENTRY_POINTS", "DriverContext", "DriverFactory", "Drivers", "make_drivers"]
@@ -108,6 +108,27 @@ def _make_microvm(context: DriverContext) -> Driver:
     return MicrovmDriver(config, vmms, clock=context.clock, new_id=context.new_id)
 
 
+def _make_libvirt(context: DriverContext) -> Driver:
+    try:
+        # Imported here: libvirt's module needs libvirt's shared library, and nodes without virtual machines have none.
+        from hypervisor.agent.drivers.libvirt import LibvirtConfig, LibvirtDriver
+    except ImportError as exc:
+        raise Unavailable(
+            f"libvirt's library is not on this node ({exc}): install it (Debian: apt-get install libvirt0 "
+            "libvirt-daemon-system qemu-system-x86 qemu-utils) and restart the agent",
+            reason="DRIVER_UNAVAILABLE",
+        ) from exc
+
+    config = LibvirtConfig(
+        uri=context.libvirt.uri,
+        data_dir=context.libvirt.data_dir,
+        roots=context.machines.roots,
+        bridges=context.machines.bridges,
+        host_devices=context.machines.host_devices,
+    )
+    return LibvirtDriver(config, clock=context.clock, rng=context.rng)
+
+
 def _make_fake(context: DriverContext) -> Driver:
     return FakeDriver(FakeConfig(state_dir=context.data_dir / "fake"), clock=context.clock)
 
@@ -116,24 +137,12 @@ DRIVERS: Mapping[str, DriverFactory] = {
     "containerd": DriverFactory("containerd", (InstanceType.CONTAINER,), _make_containerd),
     "microvm": DriverFactory("microvm", (InstanceType.MICROVM,), _make_microvm),
     "fake": DriverFactory("fake", tuple(InstanceType), _make_fake),
+    "libvirt": DriverFactory("libvirt", (InstanceType.VM,), _make_libvirt),
 }
 """Drivers of this package."""
 
-_BY_TYPE: Mapping[str, str] = {"container": "containerd", "microvm": "microvm"}
+_BY_TYPE: Mapping[str, str] = {"container": "containerd", "vm": "libvirt", "microvm": "microvm"}
 """Which of them ``drivers.enabled`` means by an instance type."""
-
-_LATER: Mapping[str, DriverInfo] = {
-    "vm": DriverInfo(
-        name="libvirt",
-        types=(InstanceType.VM,),
-        available=False,
-        reason="virtual machines come with the libvirt driver, which is not in this version",
-        capabilities=tuple(
-            Capability(verb=verb, supported=False, reason="the libvirt driver is not in this version")
-            for verb in VERBS
-        ),
-    ),
-}
 
 
 def make_drivers(
@@ -157,9 +166,6 @@ def make_drivers(
     taken: set[InstanceType] = set()
     for word in dict.fromkeys(enabled):
         name = _BY_TYPE.get(word, word)
-        if word in _LATER:
-            missing.append(_LATER[word])
-            continue
         try:
             factory = table[name] if name in table else _load(found, name)
             driver = factory.make(context)

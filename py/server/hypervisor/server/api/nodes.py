@@ -154,7 +154,12 @@ class NodeHandlers:
         usage = checked_usage(wrong, "usage", request.usage)
         wrong.check()
         times = await self._nodes.heartbeat(
-            request.node_id, request.incarnation, resources, samples, usage=usage
+            request.node_id,
+            request.incarnation,
+            resources,
+            samples,
+            usage=usage,
+            images=request.image_digests,
         )
         return cluster_pb2.HeartbeatResponse(
             heartbeat_interval=duration_of(times.interval_s), heartbeat_timeout=duration_of(times.timeout_s)

@@ -24,6 +24,7 @@ from hypervisor.server.explaining import Explainer
 from hypervisor.server.images.contract import Images
 from hypervisor.server.services import ClusterView, Instances, Nodes, Operations
 from hypervisor.v1 import cluster_pb2, compute_pb2, image_pb2, operation_pb2
+from hypervisor.wire.flow import STREAM_OPTIONS
 
 __all__ = ["Api", "ApiServer", "make_server"]
 
@@ -123,6 +124,7 @@ def make_server(
         "grpc.keepalive_permit_without_calls": 1,
         "grpc.http2.min_ping_interval_without_data_ms": 5_000,
         "grpc.http2.max_pings_without_data": 0,
+        **dict(STREAM_OPTIONS),
         # Of an option that is given twice gRPC takes the first.
         **dict(extra_options),
     }

@@ -7,12 +7,14 @@ from hypervisor.core.images import Image, ImageKind, ImageSource, ImageState, Im
 from hypervisor.core.model import Instance
 from hypervisor.server import keys
 from hypervisor.server.committer import GroupCommitter
-from hypervisor.server.drafts import Draft
+from hypervisor.server.drafts import Draft, Known
 from hypervisor.server.services import InstanceDraft
 from hypervisor.server.view import StoreView
 
-__all__ = ["ImageSources", "image_not_found", "images_of_order", "servers_of", "user_of"]
+__all__ = ["ImageSources", "fetch_allowance_s", "image_not_found", "images_of_order", "servers_of", "user_of"]
 
+_SLOW_FETCH = 10 << 20
+"""Bytes a second at which a node must at least be able to fetch."""
 _KIND_NAMES = {
     ImageKind.OCI_ARCHIVE: "an OCI archive",
     ImageKind.DISK: "a disk",
@@ -65,6 +67,16 @@ def images_of_order(draft: Draft, order: InstanceDraft) -> dict[str, str]:
             )
         found[named.name] = image.id
     return found
+
+
+def fetch_allowance_s(known: Known, order: InstanceDraft) -> float:
+    """Time that a create is given on top for its images, which the node may have to fetch first."""
+    size = 0
+    for named in named_images(user_of(order)):
+        claim = known.find(keys.image_name(order.project, named.name))
+        record = None if claim is None else known.find(keys.image(claim.value.image_id))
+        size += 0 if record is None else record.value.size_bytes
+    return size / _SLOW_FETCH
 
 
 def servers_of(view: StoreView, image: Image) -> tuple[str, ...]:

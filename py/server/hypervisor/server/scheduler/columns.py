@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Generic, TypeVar
 
 from hypervisor.core.model import LabelConstraint, Toleration
@@ -15,11 +16,13 @@ from hypervisor.server.scheduler.plugins import LabelsMatch, PinnedNode, Taints,
 __all__ = ["Columns", "Static"]
 
 _NOTHING = Snapshot({})
-_STATIC_FILTERS = (PinnedNode(), LabelsMatch(), TaintsTolerated())
+_TOLERATED = TaintsTolerated()
+_STATIC_FILTERS = (PinnedNode(), LabelsMatch(), _TOLERATED)
+_MILD = Taints()
 K = TypeVar("K")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Static:
     """What a request asks of a node's record, however full the node and the cluster are."""
 
@@ -29,13 +32,17 @@ class Static:
 
     def eligible(self, state: NodeState) -> bool:
         """Whether the node passes the filters that look at its record alone."""
-        case = self._case()
-        return all(one.reason_against(case, state) is None for one in _STATIC_FILTERS)
+        return all(one.reason_against(self._case, state) is None for one in _STATIC_FILTERS)
+
+    def tolerates(self, state: NodeState) -> bool:
+        """Whether the node passes the filter of taints."""
+        return _TOLERATED.reason_against(self._case, state) is None
 
     def mildness(self, state: NodeState) -> int:
         """What the score ``taints`` says of the node."""
-        return Taints().score(self._case(), state)
+        return _MILD.score(self._case, state)
 
+    @cached_property
     def _case(self) -> Case:
         return Case(
             Request(

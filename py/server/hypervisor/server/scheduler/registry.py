@@ -14,6 +14,7 @@ from hypervisor.core.errors import InvalidArgument
 from hypervisor.server.scheduler.contract import Scheduler
 from hypervisor.server.scheduler.default import DefaultScheduler
 from hypervisor.server.scheduler.options import SchedulerOptions
+from hypervisor.server.scheduler.plugins import FILTERS, SCORES
 
 __all__ = [
     "BUILT_IN",
@@ -40,6 +41,8 @@ def _default(options: SchedulerOptions, found: tuple[EntryPoint, ...] | None) ->
             f"there is no filter or score {unknown[0]!r}; installed are: {names}",
             reason="SCHEDULER_PLUGIN_UNKNOWN",
         )
+    for made in (filters, scores):
+        _check_names(made)
     return DefaultScheduler(
         weights=options.weights, extra_filters=filters.values(), extra_scores=scores.values()
     )
@@ -56,7 +59,7 @@ def load_scheduler(
     """The scheduler of this name. ``found`` replaces the installed entry points.
 
     Raises InvalidArgument (``SCHEDULER_UNKNOWN``, ``SCHEDULER_BROKEN``, ``SCHEDULER_PLUGIN_UNKNOWN``) that names those
-    there are.
+    there are, or that names the two that have one name (``SCHEDULER_PLUGIN_NAME_TAKEN``).
     """
     if name in BUILT_IN:
         return BUILT_IN[name](options or SchedulerOptions(), found)
@@ -81,11 +84,34 @@ def _plugins(
     group: str, method: str, names: Sequence[str], found: tuple[EntryPoint, ...] | None
 ) -> dict[str, Any]:
     wanted = set(names)
-    return {
-        entry.name: _load(entry, "scheduler.plugins", method)
-        for entry in _installed(group, found)
-        if entry.name in wanted
-    }
+    made: dict[str, Any] = {}
+    for entry in _installed(group, found):
+        if entry.name not in wanted:
+            continue
+        if entry.name in made:
+            raise InvalidArgument.of_field(
+                "scheduler.plugins",
+                f"{entry.name!r} is installed more than once in {group} (again by {entry.value}): uninstall one of "
+                "the packages",
+                reason="SCHEDULER_PLUGIN_NAME_TAKEN",
+            )
+        made[entry.name] = _load(entry, "scheduler.plugins", method)
+    return made
+
+
+def _check_names(plugins: Mapping[str, Any]) -> None:
+    """Weights, reasons and the parts of a score go by name: each filter and each score needs one of its own."""
+    taken = {one.name: f"the built-in {one.name!r}" for one in (*FILTERS, *SCORES)}
+    for entry, made in plugins.items():
+        holder = taken.get(made.name)
+        if holder is not None:
+            raise InvalidArgument.of_field(
+                "scheduler.plugins",
+                f"the plug-in {entry!r} calls itself {made.name!r}, which is the name of {holder}: take it out of "
+                "scheduler.plugins, or have its package give it another name",
+                reason="SCHEDULER_PLUGIN_NAME_TAKEN",
+            )
+        taken[made.name] = f"the plug-in {entry!r}"
 
 
 def _load(entry: EntryPoint, key: str, method: str) -> Any:

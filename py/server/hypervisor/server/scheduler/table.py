@@ -14,6 +14,7 @@ from hypervisor.core.model import AffinityTerm, LabelConstraint, ScorePart, Spre
 from hypervisor.core.resources import GIB, MIB
 from hypervisor.core.states import InstanceType, NodeStatus, PlacementPolicy
 from hypervisor.ext import scoring
+from hypervisor.server.scheduler.alike import Alike
 from hypervisor.server.scheduler.case import self_match
 from hypervisor.server.scheduler.columns import Columns, Static
 from hypervisor.server.scheduler.contract import (
@@ -64,6 +65,7 @@ class ClusterTable:
         self.table = scoring.NodeTable()
         self._slots: dict[str, int] = {}
         self._ids: dict[int, str] = {}
+        self._bits: dict[int, int] = {}
         self._states: dict[str, NodeState] = {}
         self._instances: dict[str, PlacedInstance] = {}
         self._instances_on: dict[str, dict[str, None]] = {}
@@ -84,6 +86,7 @@ class ClusterTable:
             self.table.drop_preference,
             forgot=self._forget_requests,
         )
+        self._alike = Alike(self._slots)
         self._compiled: OrderedDict[tuple[object, ...], Compiled] = OrderedDict()
         self._changes: Changes | None = None
         self._position = 0
@@ -134,7 +137,8 @@ class ClusterTable:
             if old is not None:
                 slot = self._slots.pop(node_id)
                 self._places.node(slot, old, None, lambda: self._on(node_id))
-                del self._states[node_id], self._ids[slot]
+                self._alike.change(slot, old, None)
+                del self._states[node_id], self._ids[slot], self._bits[slot]
                 self.table.remove_node(slot)
                 self._forget_requests()
             return
@@ -145,9 +149,12 @@ class ClusterTable:
             self._forget_requests()
         slot = self._slots[node_id]
         self._states[node_id] = new
-        self.table.set_node(slot, *_columns(new))
+        if old is None or old.node is not new.node:
+            self._bits[slot] = _bits(new)
+        self.table.set_node(slot, *_amounts(new), self._bits[slot], new.load, new.penalty)
         if old is None or old.node is not new.node:
             self._places.node(slot, old, new, lambda: self._on(node_id))
+            self._alike.change(slot, old, new)
             for look, column in self._classes.items():
                 self.table.set_class(column, slot, look.eligible(new))
             for mild, column in self._mild.items():
@@ -193,10 +200,12 @@ class ClusterTable:
 
     def compile(self, request: Request) -> Compiled | None:
         """The request for the table as it is now; None where it asks for more than the table can do."""
+        # Whose it is and its labels matter to terms alone, its own and those of instances that are there.
+        related = request.affinity or request.anti_affinity or request.spread or self._refusing
         key = (
             *(request.type, request.resources, request.policy, request.constraints, request.node),
-            *(request.project, frozenset(request.labels.items()), request.image, request.tolerations),
-            *(request.affinity, request.anti_affinity, request.spread),
+            *(request.image, request.tolerations, request.affinity, request.anti_affinity, request.spread),
+            *((request.project, frozenset(request.labels.items())) if related else ()),
         )
         known = self._compiled.get(key)
         if known is not None:
@@ -310,15 +319,17 @@ class ClusterTable:
         """
         if not node:
             return -1, ""
-        found = [self._slots[i] for i, s in self._states.items() if node in (i, s.node.hostname)]
-        return (-1, node) if len(found) > 1 else (found[0] if found else _NO_SLOT, "")
+        found = self._alike.named(node)
+        if len(found) > 1:
+            return -1, node
+        return (found.pop() if found else _NO_SLOT), ""
 
     def _class_of(self, request: Request, node: str) -> int:
         look = Static(node, request.constraints, request.tolerations)
 
         def fill(column: int) -> None:
-            for node_id, slot in self._slots.items():
-                self.table.set_class(column, slot, look.eligible(self._states[node_id]))
+            for slot in self._alike.eligible(look):
+                self.table.set_class(column, slot, True)
 
         return self._classes.of(look, fill)
 
@@ -337,8 +348,9 @@ class ClusterTable:
             look = Static("", (), request.tolerations)
 
             def fill_mild(column: int) -> None:
-                for node_id, slot in self._slots.items():
-                    self.table.set_preference(column, slot, look.mildness(self._states[node_id]))
+                for mildness, slots in self._alike.mildness(look):
+                    for slot in slots:
+                        self.table.set_preference(column, slot, mildness)
 
             found.append((self._mild.of(look, fill_mild), weights["taints"]))
         return found
@@ -368,16 +380,21 @@ class ClusterTable:
         return tuple(sorted(found, key=lambda part: _ORDER[part.name]))
 
 
-def _columns(state: NodeState) -> tuple[int, ...]:
+def _amounts(state: NodeState) -> tuple[int, int, int, int, int, int]:
+    """Total and free of each resource, as the table has them."""
     total, reserved = state.total, state.reserved
-    found: list[int] = []
-    for whole, held in (
-        (total.cpu_millis, reserved.cpu_millis),
-        (total.memory_bytes // MIB, _up(reserved.memory_bytes, MIB)),
-        (total.disk_bytes // GIB, _up(reserved.disk_bytes, GIB)),
-    ):
-        most = min(whole, scoring.MAX_AMOUNT)
-        found += (most, max(most - held, -scoring.MAX_AMOUNT))
+    cpu = min(total.cpu_millis, scoring.MAX_AMOUNT)
+    memory = min(total.memory_bytes // MIB, scoring.MAX_AMOUNT)
+    disk = min(total.disk_bytes // GIB, scoring.MAX_AMOUNT)
+    return (
+        *(cpu, max(cpu - reserved.cpu_millis, -scoring.MAX_AMOUNT)),
+        *(memory, max(memory - _up(reserved.memory_bytes, MIB), -scoring.MAX_AMOUNT)),
+        *(disk, max(disk - _up(reserved.disk_bytes, GIB), -scoring.MAX_AMOUNT)),
+    )
+
+
+def _bits(state: NodeState) -> int:
+    """What the node's record alone says of whether it takes instances, and of which types."""
     bits = 0 if state.node.status is NodeStatus.OFFLINE else _READY
     if state.node.schedulable and state.node.status is not NodeStatus.MAINTENANCE:
         bits |= _SCHEDULABLE
@@ -385,7 +402,7 @@ def _columns(state: NodeState) -> tuple[int, ...]:
         driver = state.node.driver_for(kind)
         if driver is not None and driver.available and driver.lacks("create") is None:
             bits |= bit
-    return (*found, bits, state.load, state.penalty)
+    return bits
 
 
 def _up(amount: int, unit: int) -> int:

@@ -169,7 +169,9 @@ class Chooser:
         except TimeoutError:
             return _Verdict(False, f"{version} did not make {kernel} say anything within {timeout_s:g} s")
         except HypervisorError as exc:
-            return _Verdict(False, f"{version} does not boot {kernel}: {exc.message}")
+            # Without the field, which is none of a specification's here.
+            why = "; ".join(violation.description for violation in exc.violations) or exc.message
+            return _Verdict(False, f"{version} does not boot {kernel}: {why}")
         except OSError as exc:
             return _Verdict(False, f"{version} could not be probed with {kernel}: {exc}")
         finally:
@@ -205,7 +207,7 @@ class Chooser:
                 raise Unavailable(f"its guest ended without a word ({end.message})", reason="VMM_UNREACHABLE")
         finally:
             await asyncio.shield(self._runner.kill(process))
-            self._runner.tidy(machine)
+            await asyncio.shield(self._runner.tidy(machine))
             vmm.remove(machine)
 
 

@@ -21,10 +21,15 @@ from hypervisor.core.names import shorten
 from hypervisor.core.resources import GIB
 from hypervisor.core.states import InstanceType
 
-__all__ = ["Sources", "check_assignment", "open_sources", "write_files"]
+__all__ = ["Sources", "can_name", "check_assignment", "open_sources", "write_files"]
 
 _ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _MAC = re.compile(r"[0-9a-f][02468ace](:[0-9a-f]{2}){5}")
+
+
+def can_name(instance_id: str) -> bool:
+    """Whether the id can name directories, control groups and jails."""
+    return _ID.fullmatch(instance_id) is not None
 
 
 def check_assignment(assignment: Assignment, config: MicrovmConfig) -> None:
@@ -35,7 +40,7 @@ def check_assignment(assignment: Assignment, config: MicrovmConfig) -> None:
         wrong.append(FieldViolation(field, description))
 
     spec = assignment.spec
-    if not _ID.fullmatch(assignment.instance_id):
+    if not can_name(assignment.instance_id):
         add("id", f"{shorten(assignment.instance_id)} cannot name a microVM: 1 to 63 of a-z, 0-9 and '-'")
     if assignment.type is not InstanceType.MICROVM:
         add("type", f"this driver runs microVMs, not {assignment.type}")

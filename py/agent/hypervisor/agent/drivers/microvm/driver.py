@@ -13,7 +13,7 @@ from hypervisor.agent.drivers.driver import VERBS, Assignment, Console, Handle
 from hypervisor.agent.drivers.fifo_console import FifoConsole
 from hypervisor.agent.drivers.microvm.choosing import Choice, Chooser
 from hypervisor.agent.drivers.microvm.config import MicrovmConfig
-from hypervisor.agent.drivers.microvm.creating import check_assignment, open_sources, write_files
+from hypervisor.agent.drivers.microvm.creating import can_name, check_assignment, open_sources, write_files
 from hypervisor.agent.drivers.microvm.files import disk_error, remove_tree
 from hypervisor.agent.drivers.microvm.records import Record, RecordStore
 from hypervisor.agent.drivers.microvm.runner import Runner
@@ -123,7 +123,7 @@ class MicrovmDriver:
     async def delete(self, instance_id: str) -> bool:
         """End and remove it, its snapshots and all."""
         await self._tracker.load()
-        if "/" in instance_id or instance_id in ("", ".", ".."):
+        if not can_name(instance_id):
             return False
         async with self._tracker.locks.hold(instance_id):
             try:

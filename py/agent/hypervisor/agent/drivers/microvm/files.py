@@ -108,7 +108,7 @@ def disk_error(exc: OSError, what: str, path: Path) -> HypervisorError:
             metadata={"path": str(path)},
         )
     return FailedPrecondition(
-        f"{what} could not be written at {path}: {exc.strerror or exc}: mend the node's file system",
+        f"{what} could not be read or written at {path}: {exc.strerror or exc}: mend the node's file system",
         reason="DISK_UNUSABLE",
         metadata={"path": str(path)},
     )

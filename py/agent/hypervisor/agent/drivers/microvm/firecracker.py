@@ -223,6 +223,11 @@ class FirecrackerVmm:
             shown: Mapping[str, Any] = await api.get("/vm/config")
         return shown
 
+    async def metadata(self, machine: Machine) -> Any:
+        """What the guest's metadata service tells."""
+        async with self._api(machine) as api:
+            return await api.get("/mmds")
+
     def _api(self, machine: Machine) -> FirecrackerApi:
         return FirecrackerApi(self.root(machine.directory) / _SOCKET, clock=self._clock)
 

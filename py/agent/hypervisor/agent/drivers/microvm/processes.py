@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hypervisor.agent.drivers.microvm.vmm import Launch, Run
 
-__all__ = ["VmmProcess", "boot_id", "processes_in", "spawn"]
+__all__ = ["VmmProcess", "boot_id", "end_now", "processes_in", "spawn"]
 
 _PROC = Path("/proc")
 
@@ -125,29 +125,44 @@ async def spawn(launch: Launch, *, root: Path, stdin: int, stdout: int, stderr: 
     return VmmProcess(Run(child.pid, _started(child.pid) or 0, boot_id()), pidfd, child)
 
 
-def processes_in(directories: Sequence[Path]) -> Iterator[Run]:
-    """Processes whose root or working directory lies in one of the directories. Reads all of /proc."""
+def processes_in(directories: Sequence[Path], *, uids: range = range(0), word: str = "") -> Iterator[Run]:
+    """Processes whose root or working directory lies in one of the directories, and those of the users ``uids`` (a
+    jailed one shows no directory of the node's) with ``word`` among their arguments, if one is given: another agent on
+    the node may have given the same users to its own. Reads all of /proc."""
     boot = boot_id()
-    wanted = tuple(f"{directory}/" for directory in directories)
+    wanted = tuple(f"{os.path.realpath(directory)}/" for directory in directories)
     for entry in _PROC.iterdir():
         if not entry.name.isdigit():
             continue
-        for link in ("root", "cwd"):
-            try:
-                where = os.readlink(entry / link)
-            except OSError:
-                continue
-            if f"{where}/".startswith(wanted):
-                started = _started(int(entry.name))
-                if started is not None:
-                    yield Run(int(entry.name), started, boot)
-                break
+        try:
+            found = any(f"{os.readlink(entry / link)}/".startswith(wanted) for link in ("root", "cwd"))
+            if not found and entry.stat().st_uid in uids:
+                found = not word or word.encode() in (entry / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        started = _started(int(entry.name), ended_is_none=True) if found else None
+        if started is not None:
+            yield Run(int(entry.name), started, boot)
 
 
-def _is_readable(fd: int) -> bool:
+def end_now(pid: int, *, timeout_s: float) -> bool:
+    """SIGKILL for a process that nobody holds; blocks until it has ended, and returns whether it has."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        return _is_readable(pidfd, timeout_s=timeout_s)
+    finally:
+        os.close(pidfd)
+
+
+def _is_readable(fd: int, *, timeout_s: float = 0.0) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
-    return bool(poll.poll(0))
+    return bool(poll.poll(timeout_s * 1000))
 
 
 def _reap(pidfd: int) -> int | None:
@@ -161,10 +176,11 @@ def _reap(pidfd: int) -> int | None:
     return told.si_status if told.si_code == os.CLD_EXITED else 128 + told.si_status
 
 
-def _started(pid: int) -> int | None:
+def _started(pid: int, *, ended_is_none: bool = False) -> int | None:
     try:
         text = (_PROC / str(pid) / "stat").read_text("utf-8", errors="replace")
     except OSError:
         return None
     # The second field, the program's name, may hold anything; the last ')' ends it.
-    return int(text[text.rindex(")") + 2 :].split()[19])
+    fields = text[text.rindex(")") + 2 :].split()
+    return None if ended_is_none and fields[0] in "ZX" else int(fields[19])
