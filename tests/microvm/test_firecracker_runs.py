@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,18 @@ from hvtest_driver_watching import events_of, read_until, the_end
 from hvtest_microvms import FirecrackerBench, answer, assignment, pid_of, root_of, started
 from hypervisor.agent.drivers.microvm import MicrovmDriver
 from hypervisor.agent.drivers.microvm.records import RecordStore
-from hypervisor.core.errors import FailedPrecondition
+from hypervisor.core.errors import FailedPrecondition, InvalidArgument
 from hypervisor.core.machines import MicrovmOptions, RateLimit
 from hypervisor.core.states import InstanceStatus
+
+
+def qcow2_of(node: FirecrackerBench, data: bytes) -> Path:
+    """A compressed image of a disk with the data."""
+    raw, image = node.images / "raw", node.images / "image.qcow2"
+    raw.write_bytes(data)
+    words = ["qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", str(raw), str(image)]
+    subprocess.run(words, check=True, timeout=60)
+    return image
 
 
 async def test_the_guest_has_the_memory_and_the_arguments_of_its_specification(
@@ -47,6 +57,44 @@ async def test_the_disk_is_the_instances_own_and_outlives_a_stop(
     await answer(micro, second, "r", "DISK from the image\r\n")
     assert base.read_bytes().startswith(b"from the image\0")
     assert (root_of(node, first) / "disk.raw").stat().st_size == 1 << 30
+
+
+async def test_a_qcow2_image_becomes_a_raw_disk_of_the_size_asked_for(
+    node: FirecrackerBench, micro: MicrovmDriver
+) -> None:
+    image = qcow2_of(node, b"from the qcow2".ljust(1 << 20, b"\0"))
+
+    instance_id = await started(micro, replace(node.spec(disk_gb=1), image=str(image)))
+
+    await answer(micro, instance_id, "r", "DISK from the qcow2\r\n")
+    disk = (root_of(node, instance_id) / "disk.raw").stat()
+    assert disk.st_size == 1 << 30
+    assert disk.st_blocks * 512 < 1 << 20
+
+
+async def test_a_qcow2_image_that_is_broken_inside_is_refused(
+    node: FirecrackerBench, micro: MicrovmDriver
+) -> None:
+    image = qcow2_of(node, os.urandom(1 << 20))
+    data = bytearray(image.read_bytes())
+    # Tables of clusters that lead nowhere.
+    data[0x30000:0x50000] = os.urandom(0x20000)
+    image.write_bytes(data)
+
+    with pytest.raises(InvalidArgument) as caught:
+        await micro.create(assignment(replace(node.spec(), image=str(image))))
+
+    assert (caught.value.reason, caught.value.metadata["field"]) == ("IMAGE_INVALID", "spec.image")
+    assert node.leftovers() == {}
+
+
+async def test_the_last_microvm_takes_its_control_groups_along(
+    node: FirecrackerBench, micro: MicrovmDriver
+) -> None:
+    instance_id = await started(micro, node.shell())
+    await micro.delete(instance_id)
+
+    assert not list(node.config.cgroup_root.glob(f"*/{node.config.cgroup}"))
 
 
 async def test_a_guest_that_hears_is_stopped_politely(node: FirecrackerBench, micro: MicrovmDriver) -> None:
@@ -258,25 +306,69 @@ async def test_a_vmm_that_cannot_be_run_says_why_and_leaves_nothing(
     assert "control groups" not in left
 
 
+@pytest.mark.parametrize(
+    "known", [False, True], ids=["before it recorded the process", "before its guest ran"]
+)
 async def test_a_start_that_the_agent_did_not_survive_is_begun_anew(
-    node: FirecrackerBench, micro: MicrovmDriver
+    node: FirecrackerBench, micro: MicrovmDriver, known: bool
 ) -> None:
     instance_id = await started(micro, node.shell())
     stray = pid_of(node, instance_id)
     await micro.aclose()
-    # As if the agent had died between the spawning and the recording.
+    store = RecordStore(node.config.data_dir)
+    (record,) = store.load()
+    store.save(replace(record, run=record.run if known else None, starting=True, started_at=None))
+
+    other = node.driver()
+    seen = await other.recover(instance_id, {})
+    assert seen is not None
+    assert (seen.status, seen.started_at) == (InstanceStatus.STOPPED, None)
+    await other.start(instance_id)
+
+    assert pid_of(node, instance_id) != stray
+    assert stray not in {run.pid for run in node.processes()}
+    await answer(other, instance_id, "echo anew", "anew\r\nanew\r\n")
+    await other.delete(instance_id)
+    await other.aclose()
+
+
+async def test_what_a_start_that_was_cut_off_left_goes_with_the_instance(
+    node: FirecrackerBench, micro: MicrovmDriver
+) -> None:
+    instance_id = await started(micro, node.shell())
+    await micro.aclose()
     store = RecordStore(node.config.data_dir)
     (record,) = store.load()
     store.save(replace(record, run=None, starting=True, started_at=None))
 
     other = node.driver()
-    seen = await other.recover(instance_id, {})
-    assert seen is not None
-    assert seen.status is InstanceStatus.STOPPED
-    await other.start(instance_id)
+    assert await other.delete(instance_id)
+    await other.aclose()
 
-    assert pid_of(node, instance_id) != stray
-    assert not (Path("/proc") / str(stray) / "root").exists()
-    await answer(other, instance_id, "echo anew", "anew\r\nanew\r\n")
+    assert node.leftovers() == {}
+
+
+async def test_a_log_that_grows_is_cut_and_still_tells_the_end(
+    node: FirecrackerBench, micro: MicrovmDriver
+) -> None:
+    """A guest can make its VMM complain as often as it likes."""
+    instance_id = await started(micro, node.spec(disk_gb=1))
+    await answer(micro, instance_id, "noise 40000", "QUIET\r\n")
+    log = root_of(node, instance_id) / "vmm.log"
+    before = log.stat().st_blocks * 512
+
+    await micro.trim_logs(most_bytes=1 << 20)
+
+    assert before > 1 << 20
+    assert log.stat().st_blocks * 512 < 1 << 16
+    await micro.aclose()
+    other = node.driver()
+    async with events_of(other) as events:
+        await other.recover(instance_id, {})
+        console = await other.attach(instance_id)
+        await console.write(b"q\n")
+        seen = await the_end(events, instance_id)
+        await console.close()
+    assert (seen.reason, seen.exit_code) == ("EXITED", 0)
     await other.delete(instance_id)
     await other.aclose()

@@ -93,7 +93,7 @@ class FirecrackerBench:
         groups = ControlGroups(self.config.cgroup_root, self.config.cgroup)
         for name in groups.names():
             groups.remove(name)
-        groups.remove("")
+        groups.remove_parent()
         shutil.rmtree(self.directory)
 
     def processes(self) -> tuple[Run, ...]:

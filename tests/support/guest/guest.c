@@ -8,6 +8,7 @@
  *   w TEXT      writes TEXT to the disk's first sector r          prints what is there: DISK TEXT
  *   say TEXT    prints TEXT, and resets
  *   args        prints the kernel command line         deaf       leaves Ctrl-Alt-Del unheard from now on
+ *   noise N     misuses the disk N times, which its VMM may complain of each time; prints QUIET
  *   mem         prints the end of the memory map: MEM  hang       stops, with interrupts off
  *               and a number of KiB
  *
@@ -245,6 +246,11 @@ static void obey(const char *line)
 		if (transfer(0)) { print("DISK "); sector[511] = 0; print((const char *)sector); print("\r\n"); }
 	}
 	else if (equal(line, "args")) { print("ARGS "); print(arguments); print("\r\n"); }
+	else if (starts(line, "noise ")) {
+		if (!disk && !disk_opens()) { print("NO DISK\r\n"); return; }
+		for (u64 n = number(line + 6); n; n--) disk[0x70 / 4] = 0x55;
+		print("QUIET\r\n");
+	}
 	else if (equal(line, "mem")) { print("MEM "); print_number(memory_kib()); print("\r\n"); }
 	else if (equal(line, "deaf")) { deaf = 1; print("DEAF\r\n"); }
 	else if (equal(line, "hang")) for (;;) __asm__ volatile("cli; hlt");

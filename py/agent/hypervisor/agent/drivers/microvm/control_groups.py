@@ -91,6 +91,13 @@ class ControlGroups:
                 _log.warning("microvm_cgroup_busy", cgroup=str(directory), pids=self.pids(name))
         return existed
 
+    def remove_parent(self) -> None:
+        """Remove the group around all, when it is empty: a node without microVMs has nothing of them."""
+        for directory in _directories(expected_paths(self._parent, root=self._root), self._root):
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+        self._prepared = False
+
     def _prepare(self) -> None:
         """With version 2, controllers have to be handed down from the root."""
         if not self._v2 or self._prepared:

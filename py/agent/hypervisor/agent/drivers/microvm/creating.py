@@ -10,9 +10,10 @@ from pathlib import Path
 from hypervisor.agent.drivers.driver import Assignment
 from hypervisor.agent.drivers.local_images import located
 from hypervisor.agent.drivers.machine_disks import DiskFormat, disk_size_bytes, probe_disk
-from hypervisor.agent.drivers.machine_files import IMAGE_INVALID, MachineFile, open_machine_file
+from hypervisor.agent.drivers.machine_files import MachineFile, open_machine_file
 from hypervisor.agent.drivers.microvm.config import MicrovmConfig
-from hypervisor.agent.drivers.microvm.files import copy_into, make_file
+from hypervisor.agent.drivers.microvm.disks import make_disk
+from hypervisor.agent.drivers.microvm.files import copy_into
 from hypervisor.agent.drivers.microvm.taps import bridge_exists
 from hypervisor.agent.drivers.microvm.vmm import DISK, INITRD, KERNEL
 from hypervisor.core.errors import FieldViolation, InvalidArgument
@@ -100,6 +101,7 @@ class Sources:
     kernel: MachineFile
     initrd: MachineFile | None = None
     image: MachineFile | None = None
+    format: DiskFormat = DiskFormat.RAW
     disk_bytes: int = 0
     """Size of the disk; 0: there is none."""
 
@@ -134,13 +136,7 @@ async def open_sources(assignment: Assignment, config: MicrovmConfig) -> Sources
         if spec.image:
             sources.image = await opened("image")
             image = await probe_disk(sources.image)
-            if image.format is not DiskFormat.RAW:
-                raise InvalidArgument.of_field(
-                    "spec.image",
-                    f"it is a {image.format} image; microVMs boot from raw ones: convert it with "
-                    "'qemu-img convert -O raw'",
-                    reason=IMAGE_INVALID,
-                )
+            sources.format = image.format
             sources.disk_bytes = disk_size_bytes(image, spec.disk_gb)
     except BaseException:
         sources.close()
@@ -149,23 +145,18 @@ async def open_sources(assignment: Assignment, config: MicrovmConfig) -> Sources
 
 
 async def write_files(sources: Sources, root: Path, *, uid: int) -> None:
-    """Make the root with copies of the files, never links: the VMM's user owns it. Raises OSError."""
+    """Make the root with copies of the files, never links: the VMM's user owns it. Raises as ``make_disk``."""
 
     def write() -> None:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         copy_into(sources.kernel.fd, root / KERNEL, uid=uid, mode=0o400)
         if sources.initrd is not None:
             copy_into(sources.initrd.fd, root / INITRD, uid=uid, mode=0o400)
-        if sources.image is not None:
-            copy_into(sources.image.fd, root / DISK, uid=uid)
-            os.truncate(root / DISK, sources.disk_bytes)
-        elif sources.disk_bytes:
-            fd = make_file(root / DISK, uid=uid)
-            try:
-                os.ftruncate(fd, sources.disk_bytes)
-            finally:
-                os.close(fd)
         if uid:
             os.chown(root, uid, uid)
 
     await asyncio.to_thread(write)
+    if sources.disk_bytes:
+        await make_disk(
+            root / DISK, image=sources.image, format=sources.format, size_bytes=sources.disk_bytes, uid=uid
+        )

@@ -18,7 +18,7 @@ from hypervisor.agent.drivers.microvm.files import disk_error, remove_tree
 from hypervisor.agent.drivers.microvm.records import Record, RecordStore
 from hypervisor.agent.drivers.microvm.runner import Runner
 from hypervisor.agent.drivers.microvm.snapshots import Snapshots
-from hypervisor.agent.drivers.microvm.tracking import SUSPENDED, Live, Tracker
+from hypervisor.agent.drivers.microvm.tracking import MOST_LOG_BYTES, SUSPENDED, Live, Tracker
 from hypervisor.agent.drivers.microvm.vmm import Machine, Run, SavedState, Vmm
 from hypervisor.agent.drivers.uninterrupted import uninterrupted
 from hypervisor.agent.stats.sources import StatsSource
@@ -204,10 +204,11 @@ class MicrovmDriver:
         forced = False
         if not process.ended:
             self._tracker.save(live, replace(live.record, stop_asked=True))
-            if grace_s > 0 and not live.record.paused and await self._asked(live):
+            if grace_s > 0 and not live.record.paused:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(grace_s):
-                        await process.wait()
+                        if await self._asked(live):
+                            await process.wait()
             if not process.ended:
                 forced = True
                 await uninterrupted(self._runner.kill(process))
@@ -387,6 +388,10 @@ class MicrovmDriver:
 
         live.console = FifoConsole(instance_id, reader=reader, writer=writer, resize=None, on_close=closed)
         return live.console
+
+    async def trim_logs(self, *, most_bytes: int = MOST_LOG_BYTES) -> None:
+        """Cut the logs of VMMs that take more of the disk; done every minute by itself."""
+        await self._tracker.trim_logs(most_bytes=most_bytes)
 
     def machine(self, instance_id: str) -> Machine:
         """What the VMM of a known instance is told; KeyError for another."""

@@ -14,7 +14,16 @@ from pathlib import Path
 
 from hypervisor.core.errors import FailedPrecondition, HypervisorError, ResourceExhausted
 
-__all__ = ["allocated_bytes", "copy_into", "disk_error", "make_file", "open_own", "overlay", "remove_tree"]
+__all__ = [
+    "allocated_bytes",
+    "copy_into",
+    "disk_error",
+    "make_file",
+    "open_own",
+    "overlay",
+    "remove_tree",
+    "trim",
+]
 
 _FICLONE = 0x40049409
 _CHUNK = 16 << 20
@@ -88,6 +97,23 @@ def _extents(fd: int) -> Iterator[tuple[int, int]]:
 def allocated_bytes(directory: Path) -> int:
     """What the files directly in a directory take on the disk."""
     return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in os.scandir(directory))
+
+
+def trim(log: Path, most_bytes: int) -> int:
+    """Empty a log that takes more of the disk, and goes on to be written to: bytes freed. What is said afterwards lies
+    behind a hole where the writer keeps its place."""
+    try:
+        fd = open_own(log, flags=os.O_WRONLY)
+    except OSError:
+        return 0
+    try:
+        taken = os.fstat(fd).st_blocks * 512
+        if taken <= most_bytes:
+            return 0
+        os.ftruncate(fd, 0)
+        return taken
+    finally:
+        os.close(fd)
 
 
 def remove_tree(path: Path) -> bool:

@@ -52,7 +52,7 @@ class Runner:
         (``VMM_TIMEOUT``) when its guest does not run in time.
         """
         if kill_strays:
-            await asyncio.to_thread(self._kill_strays, machine)
+            await self.kill_strays(machine)
         process: VmmProcess | None = None
         launch: Launch | None = None
         try:
@@ -101,7 +101,11 @@ class Runner:
 
         await asyncio.to_thread(take_away)
 
-    def _kill_strays(self, machine: Machine) -> None:
+    async def kill_strays(self, machine: Machine) -> None:
+        """End what a start that was cut off may have left. ``FailedPrecondition`` when something does not end."""
+        await asyncio.to_thread(self._end_strays, machine)
+
+    def _end_strays(self, machine: Machine) -> None:
         uids = range(machine.uid, machine.uid + 1) if machine.uid else range(0)
         pids = {run.pid for run in processes_in((machine.directory,), uids=uids, word=machine.instance_id)}
         for pid in pids.union(self.groups.pids(machine.instance_id)):

@@ -11,21 +11,24 @@ from hypervisor.agent.drivers.fifo_console import FifoConsole
 from hypervisor.agent.drivers.keyed_locks import KeyedLocks
 from hypervisor.agent.drivers.microvm.choosing import Chooser
 from hypervisor.agent.drivers.microvm.config import MicrovmConfig
-from hypervisor.agent.drivers.microvm.files import disk_error, remove_tree
+from hypervisor.agent.drivers.microvm.files import disk_error, remove_tree, trim
 from hypervisor.agent.drivers.microvm.observing import end_of_run, machine_of, observe
 from hypervisor.agent.drivers.microvm.processes import VmmProcess
 from hypervisor.agent.drivers.microvm.records import Record, RecordStore
 from hypervisor.agent.drivers.microvm.runner import Runner
-from hypervisor.agent.drivers.microvm.vmm import End, Machine, Vmm, VmmPhase
+from hypervisor.agent.drivers.microvm.vmm import LOG, End, Machine, Vmm, VmmPhase
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import FailedPrecondition, HypervisorError, NotFound, ResourceExhausted
 from hypervisor.core.model import Observation
 from hypervisor.core.states import InstanceStatus
 
-__all__ = ["SUSPENDED", "Live", "Tracker"]
+__all__ = ["MOST_LOG_BYTES", "SUSPENDED", "Live", "Tracker"]
 
 SUSPENDED = "suspended"
 """Directory of an instance's that holds the state it goes on from."""
+MOST_LOG_BYTES = 4 << 20
+"""A guest can make its VMM complain as often as it likes; past this, what was said is forgotten."""
+_TRIM_EVERY_S = 60.0
 
 _log = structlog.get_logger(__name__)
 
@@ -57,6 +60,7 @@ class Tracker:
         self._clock = clock
         self._settling: set[asyncio.Task[None]] = set()
         self._loaded: asyncio.Task[None] | None = None
+        self._trimming: asyncio.Task[None] | None = None
         self._claimed: set[int] = set()
         self.locks = KeyedLocks()
         self.live: dict[str, Live] = {}
@@ -69,6 +73,8 @@ class Tracker:
         if self._loaded is None or (self._loaded.done() and self._loaded.exception() is not None):
             self._loaded = asyncio.ensure_future(self._load())
         await asyncio.shield(self._loaded)
+        if self._trimming is None:
+            self._trimming = asyncio.ensure_future(self._trim_for_ever())
 
     async def _load(self) -> None:
         try:
@@ -82,12 +88,23 @@ class Tracker:
             if record.run is not None:
                 live.process = VmmProcess.adopt(record.run)
             self.live[record.instance_id] = live
-            if record.run is not None:
+            if record.starting:
+                await self._undo_half_start(live)
+            elif record.run is not None:
                 self._runner.fifos.adopt(record.instance_id)
                 if live.process is None or live.process.ended:
                     await self.settle(live, live.process)
                 else:
                     self.watch(live, live.process)
+
+    async def _undo_half_start(self, live: Live) -> None:
+        """An agent died between making a process and letting its guest run, or telling of it: nobody was told that it
+        runs, so it does not. What the record does not know of is ended by the next start, or goes with the delete."""
+        if live.process is not None:
+            await self._runner.kill(live.process)
+            live.process = None
+        await self._tidy(self.machine(live.record))
+        self.save(live, replace(live.record, run=None))
 
     async def known(self, instance_id: str) -> Live:
         """``NotFound`` (``INSTANCE_NOT_FOUND``)."""
@@ -242,6 +259,8 @@ class Tracker:
             if live.process is not None:
                 await self._runner.kill(live.process)
                 live.process = None
+            if live.record.starting:
+                await self._runner.kill_strays(self.machine(live.record))
             if live.console is not None:
                 await live.console.close()
             machine = self.machine(live.record)
@@ -254,10 +273,33 @@ class Tracker:
         # The record is in it: what cannot be removed at once is found by its directory the next time.
         existed |= await asyncio.to_thread(remove_tree, directory)
         self.live.pop(instance_id, None)
+        if not self.live:
+            await asyncio.to_thread(self._runner.groups.remove_parent)
         return existed
+
+    async def trim_logs(self, *, most_bytes: int) -> None:
+        """Cut logs of running VMMs that take more of the disk."""
+        logs = {
+            instance_id: self.vmm(live.record).root(self._store.directory(instance_id)) / LOG
+            for instance_id, live in self.live.items()
+            if live.running
+        }
+        for instance_id, log in logs.items():
+            freed = await asyncio.to_thread(trim, log, most_bytes)
+            if freed:
+                _log.warning("microvm_log_cut", instance_id=instance_id, bytes=freed)
+
+    async def _trim_for_ever(self) -> None:
+        while True:
+            await self._clock.sleep(_TRIM_EVERY_S)
+            await self.trim_logs(most_bytes=MOST_LOG_BYTES)
 
     async def aclose(self) -> None:
         """Let go of all processes and consoles; instances run on."""
+        if self._trimming is not None:
+            self._trimming.cancel()
+            await asyncio.gather(self._trimming, return_exceptions=True)
+            self._trimming = None
         if self._loaded is not None:
             await asyncio.gather(self._loaded, return_exceptions=True)
         for task in tuple(self._settling):
