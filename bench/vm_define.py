@@ -3,8 +3,8 @@ take with the same kernel, and within 1.1 times what a bare QEMU takes that a sc
 
 From the first call to READY on the guest's serial line, all emulated (TCG). Ours is the driver alone: specification
 checked, kernel and RAM disk taken over, definition, start, and all the devices it gives a machine. virsh gets a
-definition with the serial line and nothing else, on the same libvirtd; QEMU runs without libvirt, on pipes. Machines are ended and
-removed outside the clock. Needs root, libvirtd and QEMU (tools/setup).
+definition with the serial line and nothing else, on the same libvirtd; QEMU runs without libvirt, on pipes. Machines
+are ended and removed outside the clock. Needs root, libvirtd and QEMU (tools/setup).
 """
 
 import asyncio
