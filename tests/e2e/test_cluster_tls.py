@@ -1,5 +1,7 @@
 """Mutual TLS on every link: command line to server, agent to server, server to agent; and tokens."""
 
+import ssl
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,6 +60,30 @@ def test_a_container_runs_over_mutual_tls(cluster: ProgramCluster, image: str) -
     operations = cluster.must("operation", "list", "-o", "json").json()
     assert {o["principal"] for o in operations} == {"operator"}
     cluster.must("instance", "delete", "safe", "--force")
+    cluster.assert_nothing_left()
+
+
+def test_a_node_fetches_an_image_over_mutual_tls_and_a_stranger_does_not(
+    cluster: ProgramCluster, certificates: Path
+) -> None:
+    archive = cluster.make_image()
+    made = cluster.must("image", "import", str(archive), "--name", "busybox", "-o", "json").json()
+    cluster.must(
+        *("instance", "create", "web", "--image", "image:busybox", "--memory", "32MiB"),
+        *("--", "sleep", "600"),
+    )
+
+    assert cluster.instance("web")["status"] == "INSTANCE_STATUS_RUNNING"
+    (server,) = made["servers"]
+    assert server.startswith("https://")
+    context = ssl.create_default_context(cafile=str(certificates / "ca.crt"))
+    with pytest.raises((ssl.SSLError, OSError)):
+        urllib.request.urlopen(f"{server}/images/sha256/{made['sha256']}", context=context, timeout=10).read()
+    context.load_cert_chain(certificates / "operator.crt", certificates / "operator.key")
+    with urllib.request.urlopen(f"{server}/images/sha256/{made['sha256']}", context=context) as answer:
+        assert len(answer.read()) == int(made["size_bytes"])
+    cluster.must("instance", "delete", "web", "--force")
+    cluster.must("image", "delete", "busybox")
     cluster.assert_nothing_left()
 
 
