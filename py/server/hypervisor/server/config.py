@@ -195,7 +195,9 @@ class WeightsSection(Section):
     spread: int = _weight("spread", "Few instances in the same place, where `spec.spread` asks for it.")
     affinity: int = _weight("affinity", "Preferred terms of affinity and anti-affinity that hold.")
     load: int = _weight("load", "Processors and memory that are measured to be idle.")
-    image: int = _weight("image", "The image is on the node: an instance there was made from it.")
+    image: int = _weight(
+        "image", "The image is on the node: it has fetched it, or an instance there was made from it."
+    )
     penalty: int = _weight("penalty", "Placements on the node have not failed lately.")
     taints: int = _weight("taints", "No taint `prefer_no_schedule` that the instance does not tolerate.")
 
