@@ -2,6 +2,7 @@
 
 import enum
 import ipaddress
+import socket
 from pathlib import Path
 from typing import ClassVar
 
@@ -416,6 +417,16 @@ class ServerSettings(Settings):
                 "cross the network in clear: set tls.enabled to true, or use a loopback address"
             )
         return self
+
+    def http_url(self, port: int) -> str:
+        """Where nodes and other servers reach the gateway, which listens on ``port``."""
+        address = self.server.advertise_http_address
+        if not address:
+            host, _ = split_address(self.server.advertise_address or self.server.http_address)
+            if host in ("0.0.0.0", "::"):
+                host = socket.gethostname()
+            address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return f"{'https' if self.tls.enabled else 'http'}://{address}"
 
     def image_dir(self) -> Path:
         """Where the content of images is kept."""
