@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hvtest_driver_contract import DriverBench, DriverContract
-from hvtest_driver_powers import PausingContract, SnapshottingContract, SuspendingContract
+from hvtest_driver_powers import PausingContract, SnapshottingContract, SuspendingContract, UpdatingContract
 from hvtest_driver_watching import events_of, the_end
 from hvtest_libvirtd import PrivateLibvirtd, missing_for_libvirt
 from hvtest_vms import VmBench
@@ -32,7 +32,9 @@ def libvirtd() -> Iterator[PrivateLibvirtd]:
         yield private
 
 
-class TestDriverContract(DriverContract, PausingContract, SuspendingContract, SnapshottingContract):
+class TestDriverContract(
+    DriverContract, PausingContract, SuspendingContract, SnapshottingContract, UpdatingContract
+):
     @pytest.fixture
     def bench(self, libvirtd: PrivateLibvirtd) -> Iterator[VmBench]:
         bench = VmBench(libvirtd)

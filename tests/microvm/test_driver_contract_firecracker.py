@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from hvtest_driver_powers import PausingContract, SnapshottingContract, SuspendingContract
+from hvtest_driver_powers import PausingContract, SnapshottingContract, SuspendingContract, UpdatingContract
 from hvtest_machine_contract import MachineDriverContract
 from hvtest_microvms import FirecrackerBench, missing
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
 
 class TestFirecrackerInItsJail(
-    MachineDriverContract, PausingContract, SuspendingContract, SnapshottingContract
+    MachineDriverContract, PausingContract, SuspendingContract, SnapshottingContract, UpdatingContract
 ):
     @pytest.fixture
     def bench(self) -> Iterator[FirecrackerBench]:
@@ -21,7 +21,7 @@ class TestFirecrackerInItsJail(
 
 
 class TestFirecrackerWithoutAJail(
-    MachineDriverContract, PausingContract, SuspendingContract, SnapshottingContract
+    MachineDriverContract, PausingContract, SuspendingContract, SnapshottingContract, UpdatingContract
 ):
     @pytest.fixture
     def bench(self) -> Iterator[FirecrackerBench]:

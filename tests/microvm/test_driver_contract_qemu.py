@@ -4,14 +4,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from hvtest_driver_powers import PausingContract, SnapshottingContract, SuspendingContract
+from hvtest_driver_powers import PausingContract, SnapshottingContract, SuspendingContract, UpdatingContract
 from hvtest_machine_contract import MachineDriverContract
 from hvtest_qemu_microvms import QemuBench, lacking
 
 pytestmark = pytest.mark.skipif(bool(lacking()), reason=lacking())
 
 
-class TestQemu(MachineDriverContract, PausingContract, SuspendingContract, SnapshottingContract):
+class TestQemu(
+    MachineDriverContract, PausingContract, SuspendingContract, SnapshottingContract, UpdatingContract
+):
     @pytest.fixture
     def bench(self) -> Iterator[QemuBench]:
         with QemuBench() as bench:

@@ -15,7 +15,8 @@ from hvtest_microvms import FirecrackerBench, answer, assignment, pid_of, root_o
 from hypervisor.agent.drivers.microvm import MicrovmDriver
 from hypervisor.agent.drivers.microvm.records import RecordStore
 from hypervisor.core.errors import FailedPrecondition
-from hypervisor.core.machines import MicrovmOptions, RateLimit
+from hypervisor.core.machines import MicrovmOptions, RateLimit, SnapshotKind
+from hypervisor.core.model import Sizes
 from hypervisor.core.states import InstanceStatus
 
 
@@ -47,6 +48,45 @@ async def test_the_disk_is_the_instances_own_and_outlives_a_stop(
     await answer(micro, second, "r", "DISK from the image\r\n")
     assert base.read_bytes().startswith(b"from the image\0")
     assert (root_of(node, first) / "disk.raw").stat().st_size == 1 << 30
+
+
+async def test_a_running_guest_gets_another_share_of_the_processors_and_nothing_else(
+    node: FirecrackerBench, micro: MicrovmDriver
+) -> None:
+    spec = node.shell()
+    instance_id = await started(micro, spec)
+
+    seen = await micro.update(instance_id, Sizes(cpu_millis=250, memory_mb=spec.memory_mb))
+    with pytest.raises(FailedPrecondition, match="fixed while it runs") as refused:
+        await micro.update(instance_id, Sizes(cpu_millis=250, memory_mb=spec.memory_mb + 8))
+
+    assert seen.status is InstanceStatus.RUNNING
+    assert refused.value.reason == "UPDATE_REFUSED"
+    assert node.cpu_limits(instance_id) == {(25_000, 100_000)}
+    await micro.restart(instance_id, grace_s=0.0)
+    assert node.cpu_limits(instance_id) == {(25_000, 100_000)}
+
+
+async def test_kept_memory_is_in_the_way_of_other_sizes(node: FirecrackerBench, micro: MicrovmDriver) -> None:
+    spec = node.shell()
+    instance_id = await started(micro, spec)
+    wanted = Sizes(cpu_millis=spec.cpu_millis, memory_mb=spec.memory_mb + 8)
+    await micro.suspend(instance_id)
+    with pytest.raises(FailedPrecondition, match="on disk"):
+        await micro.update(instance_id, wanted)
+    await micro.start(instance_id)
+    await micro.create_snapshot(instance_id, "kept", kind=SnapshotKind.FULL)
+    await micro.stop(instance_id, grace_s=0.0)
+    with pytest.raises(FailedPrecondition, match="snapshots"):
+        await micro.update(instance_id, wanted)
+
+    await micro.delete_snapshot(instance_id, "kept")
+    await micro.update(instance_id, wanted)
+    await micro.start(instance_id)
+
+    assert f"MEM {wanted.memory_mb * 1024}" in await answer(
+        micro, instance_id, "mem", f"MEM {wanted.memory_mb * 1024}\r\n"
+    )
 
 
 async def test_a_guest_that_hears_is_stopped_politely(node: FirecrackerBench, micro: MicrovmDriver) -> None:

@@ -18,7 +18,7 @@ from hvtest_driver_watching import events_of, read_until, the_end
 from hvtest_qemu_microvms import QemuBench, lacking, start_ready
 from hypervisor.agent.drivers.driver import Assignment
 from hypervisor.agent.drivers.microvm import MicrovmDriver
-from hypervisor.agent.drivers.microvm.processes import processes_of
+from hypervisor.agent.drivers.microvm.processes import processes_in
 from hypervisor.agent.drivers.microvm.qemu_command import Accelerator
 from hypervisor.core.clock import SystemClock
 from hypervisor.core.errors import InvalidArgument, NotFound, Unimplemented
@@ -84,7 +84,7 @@ async def answer(driver: MicrovmDriver, instance_id: str, command: str) -> str:
 
 
 def only_process(bench: QemuBench) -> int:
-    (run,) = processes_of(bench.directory)
+    (run,) = processes_in((bench.directory,))
     return run.pid
 
 
@@ -132,7 +132,7 @@ async def test_a_whole_life(bench: QemuBench, driver: MicrovmDriver) -> None:
     # Put to disk, and on from there.
     suspended = await driver.suspend(instance_id)
     assert (suspended.status, suspended.reason) == (InstanceStatus.STOPPED, "SUSPENDED")
-    assert list(processes_of(bench.directory)) == []
+    assert list(processes_in((bench.directory,))) == []
     assert (await driver.start(instance_id)).status is InstanceStatus.RUNNING
     assert await answer(driver, instance_id, "echo $word") == "first"
 
@@ -259,7 +259,7 @@ async def test_each_guest_has_a_user_of_its_own(bench: QemuBench, driver: Microv
     for instance_id in ids:
         await driver.start(instance_id)
 
-    uids = {os.stat(f"/proc/{run.pid}").st_uid for run in processes_of(bench.directory)}
+    uids = {os.stat(f"/proc/{run.pid}").st_uid for run in processes_in((bench.directory,))}
 
     assert len(uids) == 2
     assert min(uids) >= bench.config.first_uid

@@ -16,7 +16,7 @@ from hvtest_driver_watching import read_until
 from hypervisor.agent.drivers.driver import Assignment, Driver
 from hypervisor.agent.drivers.microvm import FirecrackerVmm, MicrovmConfig, MicrovmDriver
 from hypervisor.agent.drivers.microvm.control_groups import ControlGroups
-from hypervisor.agent.drivers.microvm.processes import processes_of
+from hypervisor.agent.drivers.microvm.processes import processes_in
 from hypervisor.agent.drivers.microvm.records import RecordStore
 from hypervisor.agent.drivers.microvm.vmm import Run
 from hypervisor.core.clock import SystemClock
@@ -99,7 +99,19 @@ class FirecrackerBench:
     def processes(self) -> tuple[Run, ...]:
         """Of this node, known to a driver or not."""
         uids = range(self.config.first_uid, self.config.first_uid + self.config.uids)
-        return tuple(processes_of(self.directory, uids=uids))
+        return tuple(processes_in((self.directory,), uids=uids))
+
+    def cpu_limits(self, instance_id: str) -> set[tuple[int, int]]:
+        """Quota and period of an instance's control group, in microseconds."""
+        paths = ControlGroups(self.config.cgroup_root, self.config.cgroup).paths(instance_id)
+        if paths.unified is not None:
+            quota, period = (paths.unified / "cpu.max").read_text("ascii").split()
+            return {(int(quota), int(period))}
+        directory = paths.controllers["cpu"]
+        quota, period = (
+            (directory / f"cpu.cfs_{name}_us").read_text("ascii") for name in ("quota", "period")
+        )
+        return {(int(quota), int(period))}
 
     def vmm(self) -> FirecrackerVmm:
         """Firecracker, as the configuration has it."""

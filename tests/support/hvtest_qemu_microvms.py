@@ -4,25 +4,26 @@ import contextlib
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 from hvtest_agent_waiting import within
-from hvtest_driver_watching import read_until
 from hvtest_guests import KERNEL_ARGS, linux_guest
-from hypervisor.agent.drivers.driver import Assignment, Driver, Handle
+from hypervisor.agent.drivers.driver import Assignment, Console, Driver, Handle
 from hypervisor.agent.drivers.microvm import MicrovmConfig, MicrovmDriver
 from hypervisor.agent.drivers.microvm.control_groups import ControlGroups
-from hypervisor.agent.drivers.microvm.processes import processes_of
+from hypervisor.agent.drivers.microvm.processes import processes_in
 from hypervisor.agent.drivers.microvm.qemu import QemuVmm
 from hypervisor.agent.drivers.microvm.qemu_command import Accelerator
-from hypervisor.core.clock import SystemClock
-from hypervisor.core.ids import new_id
+from hypervisor.agent.drivers.microvm.vmm import Vmm
+from hypervisor.core.clock import Clock, SystemClock
+from hypervisor.core.ids import IdSource, new_id
 from hypervisor.core.machines import MicrovmOptions, NetworkInterface, VmmChoice
 from hypervisor.core.model import InstanceSpec, Observation
 from hypervisor.core.states import InstanceStatus, InstanceType
 
-__all__ = ["QemuBench", "ReadyDriver", "lacking", "start_ready", "until_ready"]
+__all__ = ["QemuBench", "ReadyDriver", "lacking", "start_ready"]
 
 _QEMU = Path("qemu-system-x86_64")
 _READY = b"READY"
@@ -42,40 +43,51 @@ async def start_ready(driver: Driver, instance_id: str) -> Observation:
     """Start it, and return when its shell can be typed to: what is typed before a kernel has its serial port is lost,
     as on a real one."""
     seen = await driver.start(instance_id)
-    await until_ready(driver, instance_id)
+    console = await driver.attach(instance_id)
+    await _until_prompt(console)
+    await console.close()
     return seen
 
 
-async def until_ready(driver: Driver, instance_id: str) -> None:
-    """Return when its shell has shown its prompt."""
-    console = await driver.attach(instance_id)
-    seen = await read_until(console, _READY)
+async def _until_prompt(console: Console) -> None:
+    """Return when its shell has shown its prompt; nothing of it is left to be read."""
+    seen = b""
     while _PROMPT not in seen.partition(_READY)[2]:
-        seen += await within(console.read(), what="the shell shows its prompt")
-    await console.close()
+        data = await within(
+            console.read(), what=f"the shell shows its prompt; seen: {seen!r}", timeout_s=60.0
+        )
+        assert data, f"the console ended before there was a prompt: {seen!r}"
+        seen += data
 
 
 class ReadyDriver(MicrovmDriver):
-    """The driver, whose guests with a shell are started when that can be typed to, as the contract's tests take it."""
+    """The driver as the contract's tests take it: the console of a guest with a shell is attached when that can be
+    typed to. Tests that type nothing do not wait for a boot."""
 
-    _shells: frozenset[str] = frozenset()
+    def __init__(self, config: MicrovmConfig, vmms: Sequence[Vmm], *, clock: Clock, new_id: IdSource) -> None:
+        super().__init__(config, vmms, clock=clock, new_id=new_id)
+        self._shells: set[str] = set()
+        self._booting: set[str] = set()
 
     async def create(self, assignment: Assignment) -> Handle:
         handle = await super().create(assignment)
         if "GUEST_RUN" not in assignment.spec.kernel_args:
-            self._shells |= {assignment.instance_id}
+            self._shells.add(assignment.instance_id)
         return handle
 
     async def start(self, instance_id: str) -> Observation:
-        fresh = instance_id in self._shells
-        if fresh:
-            before = await self.get(instance_id)
-            fresh = before.status is not InstanceStatus.RUNNING and before.reason != "SUSPENDED"
-        if not fresh:
-            return await super().start(instance_id)
+        before = await self.get(instance_id)
         seen = await super().start(instance_id)
-        await until_ready(self, instance_id)
+        if before.status is not InstanceStatus.RUNNING and before.reason != "SUSPENDED":
+            self._booting.add(instance_id)
         return seen
+
+    async def attach(self, instance_id: str) -> Console:
+        console = await super().attach(instance_id)
+        if instance_id in self._booting & self._shells:
+            await _until_prompt(console)
+            self._booting.discard(instance_id)
+        return console
 
 
 class QemuBench:
@@ -107,7 +119,7 @@ class QemuBench:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for run in tuple(processes_of(self.directory)):
+        for run in tuple(processes_in((self.directory,))):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(run.pid, 9)
         groups = ControlGroups(self.config.cgroup_root, self.config.cgroup)
@@ -174,7 +186,7 @@ class QemuBench:
                 for base in (self.config.data_dir / "instances", self.config.run_dir)
                 for path in base.glob("*")
             ],
-            "processes": [str(run.pid) for run in processes_of(self.directory)],
+            "processes": [str(run.pid) for run in processes_in((self.directory,))],
             "control groups": list(ControlGroups(self.config.cgroup_root, self.config.cgroup).names()),
         }
         return {kind: names for kind, names in found.items() if names}

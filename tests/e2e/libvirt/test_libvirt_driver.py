@@ -2,19 +2,22 @@
 
 import asyncio
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
+from hvtest_containers import until
 from hvtest_disk_images import qemu_img
 from hvtest_driver_stats import sampled
 from hvtest_driver_watching import read_until
 from hvtest_vms import MEMORY_MB, VmBench, answer, ready, started, vm_assignment
+from hypervisor.agent.drivers.driver import Console
 from hypervisor.agent.drivers.libvirt import LibvirtDriver
 from hypervisor.core.errors import AlreadyExists, FailedPrecondition
 from hypervisor.core.machines import CloudInit, Firmware, SnapshotKind, VmOptions
-from hypervisor.core.model import InstanceSpec
+from hypervisor.core.model import InstanceSpec, Sizes
 from hypervisor.core.states import InstanceStatus
 
 pytestmark = pytest.mark.timeout(180)
@@ -37,12 +40,87 @@ def boot_sector(words: str) -> bytes:
     return (code + words.encode() + b"\0").ljust(510, b"\0") + b"\x55\xaa"
 
 
+async def memory_mib(console: Console) -> int:
+    """All the memory that the guest sees."""
+    return int(await answer(console, "awk '/MemTotal/ {print int($2/1024)}' /proc/meminfo"))
+
+
+async def memory_becomes(console: Console, wanted: Callable[[int], bool]) -> None:
+    """Return once the guest sees so much memory."""
+    seen: list[int] = []
+
+    async def look() -> bool:
+        seen.append(await memory_mib(console))
+        return wanted(seen[-1])
+
+    try:
+        await until(look, what="the guest's memory changes")
+    except AssertionError as exc:
+        raise AssertionError(f"{exc}; it saw {seen} MiB") from None
+
+
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def dumped(bench: VmBench, instance_id: str) -> ElementTree.Element:
     return ElementTree.fromstring(bench.libvirtd.virsh("dumpxml", instance_id).stdout)
+
+
+class TestSizes:
+    async def test_a_running_guest_gets_memory_and_processors_up_to_its_maxima(
+        self, bench: VmBench, driver: LibvirtDriver
+    ) -> None:
+        options = VmOptions(max_cpus=2, max_memory_mb=MEMORY_MB + 128)
+        made, console = await ready(driver, bench.spec(vm=options))
+        # Its balloon takes from it what it has not yet.
+        await memory_becomes(console, lambda mib: mib <= MEMORY_MB)
+
+        seen = await driver.update(made.instance_id, Sizes(cpu_millis=1500, memory_mb=MEMORY_MB + 128))
+
+        assert seen.status is InstanceStatus.RUNNING
+        await answer(console, "until [ -e /sys/devices/system/cpu/cpu1 ]; do sleep 0.1; done")
+        await memory_becomes(console, lambda mib: mib > MEMORY_MB + 64)
+        tuning = dumped(bench, made.instance_id).find("cputune/global_quota")
+        assert tuning is not None
+        assert tuning.text == "150000"
+
+    async def test_more_than_the_maxima_is_refused_while_it_runs_and_had_after_a_stop(
+        self, bench: VmBench, driver: LibvirtDriver
+    ) -> None:
+        made, console = await ready(driver, bench.spec())
+        before = await memory_mib(console)
+        for sizes, told in (
+            (Sizes(cpu_millis=2000, memory_mb=MEMORY_MB), "max_cpus"),
+            (Sizes(cpu_millis=1000, memory_mb=MEMORY_MB + 64), "max_memory_mb"),
+        ):
+            with pytest.raises(FailedPrecondition, match=told) as refused:
+                await driver.update(made.instance_id, sizes)
+            assert refused.value.reason == "UPDATE_REFUSED"
+        await driver.stop(made.instance_id, grace_s=0.0)
+
+        await driver.update(made.instance_id, Sizes(cpu_millis=2000, memory_mb=MEMORY_MB + 64))
+        await console.close()
+        await driver.start(made.instance_id)
+
+        console = await driver.attach(made.instance_id)
+        await read_until(console, b"READY")
+        assert await answer(console, "nproc") == "2"
+        assert await memory_mib(console) > before + 40
+
+    async def test_what_holds_its_old_sizes_is_in_the_way(
+        self, bench: VmBench, driver: LibvirtDriver
+    ) -> None:
+        made, _ = await ready(driver, bench.shell())
+        wanted = Sizes(cpu_millis=1000, memory_mb=MEMORY_MB + 64)
+        await driver.suspend(made.instance_id)
+        with pytest.raises(FailedPrecondition, match="on disk"):
+            await driver.update(made.instance_id, wanted)
+        await driver.start(made.instance_id)
+        await driver.create_snapshot(made.instance_id, "kept", kind=SnapshotKind.FULL)
+        await driver.stop(made.instance_id, grace_s=0.0)
+        with pytest.raises(FailedPrecondition, match="snapshots"):
+            await driver.update(made.instance_id, wanted)
 
 
 class TestStop:

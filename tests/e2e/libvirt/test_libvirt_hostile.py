@@ -12,6 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from hvtest_disk_images import qcow2_header, qemu_img
+from hvtest_driver_watching import read_until
 from hvtest_guests import linux_guest
 from hvtest_vms import VmBench, answer, ready, vm_assignment
 from hypervisor.agent.drivers.libvirt import LibvirtDriver
@@ -152,7 +153,7 @@ async def test_names_and_arguments_full_of_markup_reach_the_guest_as_they_are(
     await driver.create(made)
     await driver.start(made.instance_id)
     console = await driver.attach(made.instance_id)
-    await console.write(b"\n")
+    await read_until(console, b"READY")
 
     assert (await answer(console, "cat /proc/cmdline")).endswith(words)
     await console.close()
@@ -190,7 +191,7 @@ async def test_a_raw_image_in_which_a_qcow2_was_written_stays_raw(
 
     assert seen.status is InstanceStatus.RUNNING
     console = await driver.attach(made.instance_id)
-    await console.write(b"\n")
+    await read_until(console, b"READY")
     assert await answer(console, "cat /sys/block/vda/size; head -c 3 /dev/vda") == f"{MIB // 512}\nQFI"
 
 

@@ -2,10 +2,12 @@
 
 import asyncio
 import random
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,9 +16,11 @@ from hypervisor.agent.console import ConsoleHub, ConsoleLimits
 from hypervisor.agent.console_holder import protocol
 from hypervisor.agent.console_holder.client import HolderClient
 from hypervisor.agent.console_holder.launching import EmbeddedHolder
+from hypervisor.agent.console_holder.protocol import ConsoleState
 from hypervisor.agent.console_items import Data, End, Ended, Output, Skipped
 from hypervisor.agent.console_link import MESSAGE_BYTES
 from hypervisor.agent.console_viewer import OWN_WINDOW_BYTES, Viewer
+from hypervisor.agent.drivers.driver import ConsoleEndpoint
 from hypervisor.core.clock import SystemClock
 from hypervisor.core.consoles import MAX_WINDOW_BYTES, ConsoleOptions
 from hypervisor.core.errors import (
@@ -413,3 +417,40 @@ async def test_a_read_only_viewer_may_neither_type_nor_resize(node: Node) -> Non
             assert caught.value.reason == "CONSOLE_READ_ONLY"
 
     assert (terminal.typed, terminal.sizes) == (b"", [])
+
+
+class Over(Terminal):
+    """A console of descriptors whose output is at its end."""
+
+    def endpoint(self) -> ConsoleEndpoint:
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        self.held = ours
+        return ConsoleEndpoint(output=ours.fileno(), input=None)
+
+    async def close(self) -> None:
+        self.held.close()
+
+
+async def test_an_output_that_ends_while_it_is_handed_over_is_seen_to_end(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = asyncio.Event()
+    hand_over, run_ended = node.holder.attach, node.hub.run_ended
+
+    async def slowly(*args: Any, **more: Any) -> ConsoleState:
+        state = await hand_over(*args, **more)
+        await told.wait()
+        return state
+
+    def tell(run: str, position: int) -> None:
+        run_ended(run, position)
+        told.set()
+
+    monkeypatch.setattr(node.holder, "attach", slowly)
+    monkeypatch.setattr(node.hub, "run_ended", tell)
+    monkeypatch.setattr(f"{__name__}.Terminal", Over)
+    node.runs()
+    async with node.hub.view(ConsoleOptions()) as viewer, _seeing(viewer) as items:
+        node.ended(exit_code=3)
+        await until(lambda: items == [Ended(End.EXITED, 3)], what="the viewer is told")

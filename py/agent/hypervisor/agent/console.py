@@ -265,6 +265,10 @@ class ConsoleHub:
                 pass
         except HypervisorError as exc:
             _log.warning("console_lost", instance=self.instance_id, reason=exc.reason, error=exc.message)
+            if exc.reason == "CONSOLE_GONE":
+                # Not for a moment: who comes is to be told.
+                self._failure = exc
+                self._news.set()
             return not self._runs
         except Exception:
             # A driver's defect at the plug-in boundary: this console is attached anew, the others go on.
@@ -280,10 +284,15 @@ class ConsoleHub:
         generation = await self._holder.ready()
         try:
             await attachment.hand_over(await self.open())
+            self._attachment = attachment
+            state = await self.open()
         except Unavailable:
+            self._attachment = None
             await self._holder.lost(generation)
             return False
-        self._attachment = attachment
+        if not state.live:
+            # It ended before we listened for it.
+            attachment.run_ended(state.run)
         self._news.set()
         try:
             return await attachment.ended(generation)

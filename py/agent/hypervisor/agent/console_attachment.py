@@ -11,7 +11,7 @@ from hypervisor.agent.console_holder.client import HolderClient
 from hypervisor.agent.console_holder.protocol import ConsoleState
 from hypervisor.agent.console_pump import ConsolePump
 from hypervisor.agent.console_typist import ConsoleTypist
-from hypervisor.agent.drivers.driver import Console, EndpointConsole
+from hypervisor.agent.drivers.driver import Console, ConsoleEndpoint, EndpointConsole
 from hypervisor.core.errors import HypervisorError
 from hypervisor.core.model import ConsoleSize
 
@@ -30,8 +30,9 @@ class Attachment:
         self._instance_id = instance_id
         self._run = run
         self._holder = holder
-        self._endpoint = console.endpoint() if isinstance(console, EndpointConsole) else None
-        self._pump = None if self._endpoint is not None else ConsolePump(instance_id, console)
+        self._endpoint: ConsoleEndpoint | None = None
+        """What was handed over from here; None also while the holder has it from before."""
+        self._pump = None if isinstance(console, EndpointConsole) else ConsolePump(instance_id, console)
         self._pumped: socket.socket | None = None
         self._typist: ConsoleTypist | None = None
         self._run_ended = asyncio.Event()
@@ -44,11 +45,13 @@ class Attachment:
                 self._typist.close()
 
     async def hand_over(self, state: ConsoleState) -> None:
-        """Give it to the holder, unless that has it from this agent's predecessor or an earlier connection."""
+        """Give it to the holder, unless that has it from this agent's predecessor or an earlier connection. Raises what
+        ``EndpointConsole.endpoint`` raises."""
         self._run_ended.clear()
-        if self._endpoint is not None:
+        if isinstance(self.console, EndpointConsole):
             if state.live and state.run == self._run:
                 return
+            self._endpoint = self.console.endpoint()
             output, typed = self._endpoint.output, self._endpoint.input
             descriptors = (output,) if typed is None or typed == output else (output, typed)
             await self._holder.attach(
@@ -98,6 +101,10 @@ class Attachment:
         """Set the terminal's size; whether there is one. Errors are those of the driver."""
         if self._endpoint is not None and self._endpoint.terminal:
             return await self._holder.resize(self._instance_id, size.width, size.height)
+        # Whether it is a terminal that a predecessor handed over, the holder knows.
+        inherited = self._pump is None and self._endpoint is None and self.console.resizable
+        if inherited and await self._holder.resize(self._instance_id, size.width, size.height):
+            return True
         await self.console.resize(size)
         return True
 

@@ -149,7 +149,13 @@ class EndpointConsole(Console, Protocol):
     to its console holder, which keeps them over restarts of the agent; one without is pumped by the agent."""
 
     def endpoint(self) -> ConsoleEndpoint:
-        """The descriptors, still owned by this console: valid until ``close``, which leaves duplicates alone."""
+        """The descriptors, still owned by this console: valid until ``close``, which closes them and nothing more (what
+        ends a connection, as ``shutdown`` does, would end it for the holder too).
+
+        Asked for only when the holder has not got them, and again when it was replaced: what cannot be opened a second
+        time (a pipe of an agent before this one, a socket that serves one client) is opened here and not in ``attach``.
+        FailedPrecondition (``CONSOLE_GONE``) where nobody has them any more.
+        """
         ...
 
 

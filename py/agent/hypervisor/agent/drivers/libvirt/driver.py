@@ -22,6 +22,7 @@ from hypervisor.agent.drivers.libvirt.events import EventFeed, EventHandlers
 from hypervisor.agent.drivers.libvirt.machines import Machines
 from hypervisor.agent.drivers.libvirt.observing import Phase
 from hypervisor.agent.drivers.libvirt.record import Record
+from hypervisor.agent.drivers.libvirt.resizing import Resizing
 from hypervisor.agent.drivers.libvirt.snapshots import Snapshots
 from hypervisor.agent.drivers.libvirt.specification import check
 from hypervisor.agent.drivers.libvirt.stats import DomainStats
@@ -31,7 +32,7 @@ from hypervisor.agent.stats.sources import StatsSource
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import FailedPrecondition, HypervisorError
 from hypervisor.core.machines import Snapshot, SnapshotKind
-from hypervisor.core.model import Capability, DriverInfo, Observation
+from hypervisor.core.model import Capability, DriverInfo, Observation, Sizes
 from hypervisor.core.states import InstanceType
 
 __all__ = ["LibvirtDriver"]
@@ -57,6 +58,7 @@ class LibvirtDriver:
         self._fifos = PipeFifos(config.consoles, buffer_bytes=config.console_buffer_bytes)
         self._tracker = Tracker(self._machines, self._fifos, clock=clock, uri=config.uri)
         self._builder = Builder(config, self._machines, self._fifos)
+        self._resizing = Resizing(self._tracker, self._machines)
         self._snapshots = Snapshots(self._tracker, self._machines, self._fifos, clock=clock)
         self._stats = DomainStats(self._connection)
         self._probing = asyncio.Lock()
@@ -190,6 +192,10 @@ class LibvirtDriver:
         return await self.start(instance_id)
 
     # Powers.
+
+    async def update(self, instance_id: str, sizes: Sizes) -> Observation:
+        """See :class:`.resizing.Resizing`."""
+        return await self._resizing.update(instance_id, sizes)
 
     async def pause(self, instance_id: str) -> Observation:
         """Freeze its processors."""

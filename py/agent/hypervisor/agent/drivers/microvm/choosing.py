@@ -207,7 +207,7 @@ class Chooser:
                 raise Unavailable(f"its guest ended without a word ({end.message})", reason="VMM_UNREACHABLE")
         finally:
             await asyncio.shield(self._runner.kill(process))
-            self._runner.tidy(machine)
+            await asyncio.shield(self._runner.tidy(machine))
             vmm.remove(machine)
 
 

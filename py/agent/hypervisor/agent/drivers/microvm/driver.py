@@ -16,6 +16,7 @@ from hypervisor.agent.drivers.microvm.config import MicrovmConfig
 from hypervisor.agent.drivers.microvm.creating import can_name, check_assignment, open_sources, write_files
 from hypervisor.agent.drivers.microvm.files import disk_error, remove_tree
 from hypervisor.agent.drivers.microvm.records import Record, RecordStore
+from hypervisor.agent.drivers.microvm.resizing import resize
 from hypervisor.agent.drivers.microvm.runner import Runner
 from hypervisor.agent.drivers.microvm.snapshots import Snapshots
 from hypervisor.agent.drivers.microvm.tracking import SUSPENDED, Live, Tracker
@@ -26,7 +27,7 @@ from hypervisor.core.clock import Clock
 from hypervisor.core.errors import AlreadyExists, FailedPrecondition, HypervisorError, Unimplemented
 from hypervisor.core.ids import IdSource
 from hypervisor.core.machines import MicrovmOptions, Snapshot, SnapshotKind
-from hypervisor.core.model import Capability, DriverInfo, InstanceSpec, Observation
+from hypervisor.core.model import Capability, DriverInfo, InstanceSpec, Observation, Sizes
 from hypervisor.core.states import InstanceType
 from hypervisor.ext.stats_sampler import Sources
 
@@ -232,6 +233,17 @@ class MicrovmDriver:
             return await uninterrupted(self._start(live))
 
     # Powers.
+
+    async def update(self, instance_id: str, sizes: Sizes) -> Observation:
+        """See ``Updating``."""
+        await self._tracker.known(instance_id)
+        async with self._tracker.locks.hold(instance_id):
+            live = await self._tracker.known(instance_id)
+            await self._tracker.settle_ended(live)
+            try:
+                return resize(self._tracker, self._runner, live, sizes)
+            except OSError as exc:
+                raise disk_error(exc, "what is recorded of the instance", self._store.root) from exc
 
     async def pause(self, instance_id: str) -> Observation:
         """See ``Pausing``."""

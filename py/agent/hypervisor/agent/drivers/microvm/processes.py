@@ -10,12 +10,12 @@ import os
 import select
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hypervisor.agent.drivers.microvm.vmm import Launch, Run
 
-__all__ = ["VmmProcess", "boot_id", "end_now", "processes_of", "spawn"]
+__all__ = ["VmmProcess", "boot_id", "end_now", "processes_in", "spawn"]
 
 _PROC = Path("/proc")
 
@@ -125,18 +125,19 @@ async def spawn(launch: Launch, *, root: Path, stdin: int, stdout: int, stderr: 
     return VmmProcess(Run(child.pid, _started(child.pid) or 0, boot_id()), pidfd, child)
 
 
-def processes_of(directory: Path, *, uids: range = range(0)) -> Iterator[Run]:
-    """Processes of the users ``uids`` (a jailed one shows no directory of the node's), and those whose root or working
-    directory lies in ``directory``. Reads all of /proc."""
+def processes_in(directories: Sequence[Path], *, uids: range = range(0), word: str = "") -> Iterator[Run]:
+    """Processes whose root or working directory lies in one of the directories, and those of the users ``uids`` (a
+    jailed one shows no directory of the node's) with ``word`` among their arguments, if one is given: another agent on
+    the node may have given the same users to its own. Reads all of /proc."""
     boot = boot_id()
-    wanted = f"{os.path.realpath(directory)}/"
+    wanted = tuple(f"{os.path.realpath(directory)}/" for directory in directories)
     for entry in _PROC.iterdir():
         if not entry.name.isdigit():
             continue
         try:
-            found = entry.stat().st_uid in uids or any(
-                f"{os.readlink(entry / link)}/".startswith(wanted) for link in ("root", "cwd")
-            )
+            found = any(f"{os.readlink(entry / link)}/".startswith(wanted) for link in ("root", "cwd"))
+            if not found and entry.stat().st_uid in uids:
+                found = not word or word.encode() in (entry / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
         started = _started(int(entry.name), ended_is_none=True) if found else None

@@ -12,7 +12,7 @@ from hypervisor.agent.drivers.fifo_console import ConsoleFifos
 from hypervisor.agent.drivers.microvm.config import MicrovmConfig
 from hypervisor.agent.drivers.microvm.control_groups import ControlGroups
 from hypervisor.agent.drivers.microvm.files import make_file
-from hypervisor.agent.drivers.microvm.processes import VmmProcess, end_now, processes_of, spawn
+from hypervisor.agent.drivers.microvm.processes import VmmProcess, end_now, processes_in, spawn
 from hypervisor.agent.drivers.microvm.taps import make_tap, remove_tap
 from hypervisor.agent.drivers.microvm.vmm import LOG, Launch, Machine, Run, SavedState, Vmm
 from hypervisor.core.errors import DeadlineExceeded, FailedPrecondition, HypervisorError
@@ -56,19 +56,18 @@ class Runner:
         process: VmmProcess | None = None
         launch: Launch | None = None
         try:
-            self._limit(machine, vmm, cpu_millis)
-            for card, bridge in zip(machine.cards, bridges, strict=True):
-                make_tap(card.tap, bridge=bridge, uid=machine.uid)
+            await asyncio.to_thread(self._make_ready, machine, vmm, cpu_millis, bridges)
             launch = await vmm.launch(machine)
             process = await self._spawn(vmm, machine, launch)
             spawned(process.run)
-            self.groups.add(machine.instance_id, process.run.pid)
+            # Moving a process waits for all processors of the node.
+            await asyncio.to_thread(self.groups.add, machine.instance_id, process.run.pid)
             await self._boot(vmm, machine, process, state)
         except BaseException as exc:
             if process is not None:
                 await asyncio.shield(self.kill(process))
             with contextlib.suppress(OSError):
-                self.tidy(machine)
+                await self.tidy(machine)
             self.fifos.release(machine.instance_id)
             if isinstance(exc, OSError):
                 raise _not_started(machine, f"{exc.strerror or exc} ({exc.filename or 'no file'})") from exc
@@ -92,19 +91,28 @@ class Runner:
                 metadata={"pid": str(process.run.pid)},
             ) from exc
 
-    def tidy(self, machine: Machine) -> None:
+    async def tidy(self, machine: Machine) -> None:
         """Take away the control group and the taps of a run that has ended. Raises OSError."""
-        self.groups.remove(machine.instance_id)
-        for card in machine.cards:
-            remove_tap(card.tap)
+
+        def take_away() -> None:
+            self.groups.remove(machine.instance_id)
+            for card in machine.cards:
+                remove_tap(card.tap)
+
+        await asyncio.to_thread(take_away)
 
     def _kill_strays(self, machine: Machine) -> None:
         uids = range(machine.uid, machine.uid + 1) if machine.uid else range(0)
-        pids = {run.pid for run in processes_of(machine.directory, uids=uids)}
+        pids = {run.pid for run in processes_in((machine.directory,), uids=uids, word=machine.instance_id)}
         for pid in pids.union(self.groups.pids(machine.instance_id)):
             _log.warning("microvm_stray_killed", instance_id=machine.instance_id, pid=pid)
             if not end_now(pid, timeout_s=_FORCED_END_S):
                 raise _not_started(machine, f"process {pid} of an earlier start does not end")
+
+    def _make_ready(self, machine: Machine, vmm: Vmm, cpu_millis: int, bridges: tuple[str, ...]) -> None:
+        self._limit(machine, vmm, cpu_millis)
+        for card, bridge in zip(machine.cards, bridges, strict=True):
+            make_tap(card.tap, bridge=bridge, uid=machine.uid)
 
     def _limit(self, machine: Machine, vmm: Vmm, cpu_millis: int) -> None:
         try:

@@ -197,8 +197,9 @@ class Tracker:
             oom_kills=self._runner.groups.oom_kills(record.instance_id),
             now=self._clock.now(),
         )
+        await self._tidy(machine)
+        # From here on without a pause: nobody sees it ended and its end not recorded.
         live.process = None
-        self._tidy(machine)
         new = replace(
             record,
             run=None,
@@ -211,9 +212,9 @@ class Tracker:
         self.save(live, new)
         return self.observe(live)
 
-    def _tidy(self, machine: Machine) -> None:
+    async def _tidy(self, machine: Machine) -> None:
         try:
-            self._runner.tidy(machine)
+            await self._runner.tidy(machine)
         except OSError as exc:
             # The next start or the delete takes it away.
             _log.warning("microvm_not_tidied", instance_id=machine.instance_id, error=str(exc))
@@ -244,7 +245,7 @@ class Tracker:
             if live.console is not None:
                 await live.console.close()
             machine = self.machine(live.record)
-            self._runner.tidy(machine)
+            await self._runner.tidy(machine)
             with contextlib.suppress(HypervisorError):
                 self.vmm(live.record).remove(machine)
         elif existed:
