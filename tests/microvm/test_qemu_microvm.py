@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from hvtest_agent_waiting import within
@@ -218,6 +219,26 @@ async def test_a_panic_is_told_as_one(bench: QemuBench, driver: MicrovmDriver) -
 
     assert (seen.status, seen.reason) == (InstanceStatus.FAILED, "CRASHED")
     assert "panicked" in seen.message
+    await driver.delete(instance_id)
+
+
+async def test_a_disk_is_made_of_an_image_which_is_left_as_it_is(
+    bench: QemuBench, driver: MicrovmDriver
+) -> None:
+    raw, image = bench.images / "disk.raw", bench.images / "disk.qcow2"
+    raw.write_bytes(b"image" + bytes((1 << 20) - 5))
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(image))
+    before = image.read_bytes()
+    instance_id = await created(driver, msgspec.structs.replace(bench.spec(disk_gb=1), image=str(image)))
+    await start_ready(driver, instance_id)
+
+    assert (
+        await answer(driver, instance_id, "head -c 5 /dev/vda; cat /sys/block/vda/size") == f"image{1 << 21}"
+    )
+    await answer(driver, instance_id, "echo other | dd of=/dev/vda conv=fsync 2>/dev/null")
+
+    await driver.stop(instance_id, grace_s=0.0)
+    assert image.read_bytes() == before
     await driver.delete(instance_id)
 
 

@@ -4,10 +4,12 @@ import asyncio
 import hashlib
 import io
 import json
+import resource
 import struct
 import tarfile
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import grpc
@@ -22,6 +24,7 @@ __all__ = [
     "bzimage",
     "elf",
     "eventually",
+    "files_of_at_most",
     "initrd",
     "messages",
     "oci_archive",
@@ -156,6 +159,17 @@ class Uploader:
             stub = image_pb2_grpc.ImageServiceStub(channel)
             metadata = (("authorization", f"Bearer {token}"),) if token else ()
             return stub.ImportImage(requests, metadata=metadata, timeout=60)
+
+
+@contextmanager
+def files_of_at_most(limit: int) -> Iterator[None]:
+    """The kernel refuses to make a file of this process longer (EFBIG), as a full disk refuses (ENOSPC)."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 async def eventually(condition: Callable[[], Awaitable[object]], *, timeout_s: float = 10.0) -> None:

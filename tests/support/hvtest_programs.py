@@ -177,6 +177,7 @@ class ProgramCluster:
                 "containerd.namespace": self.containerd.namespace,
                 "containerd.console_root": str(self.directory / "consoles"),
                 "images.archive_roots": str(self.images),
+                "microvm.data_dir": str(self.directory / "microvms"),
                 "drivers.health_interval": "1s",
                 "metrics.address": f"127.0.0.1:{self.metrics_port}",
             }

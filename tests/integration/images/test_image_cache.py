@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 
 from hvtest_image_server import ContentServer, running_cache, source_of
-from hvtest_images import sha256_of
+from hvtest_images import files_of_at_most, sha256_of
 from hvtest_tcp_proxy import TcpProxy
 from hypervisor.agent.images.cache import ImageCache
 from hypervisor.core.errors import (
@@ -444,6 +444,33 @@ async def test_content_that_was_damaged_on_the_disk_is_fetched_again(tmp_path: P
 
         assert fresh.read_bytes() == DISK
         assert (await get(cache, DISK, server.url, instance=holder)).read_bytes() == DISK
+
+
+async def test_a_full_disk_refuses_the_image_and_keeps_nothing_of_it(tmp_path: Path) -> None:
+    async with ContentServer(DISK, THIRD) as server, running_cache(tmp_path) as cache:
+        with files_of_at_most(2_000_000):
+            held = await get(cache, THIRD, server.url)
+            with pytest.raises(ResourceExhausted) as caught:
+                await get(cache, DISK, server.url)
+
+        assert caught.value.reason == "DISK_FULL"
+        assert held.read_bytes() == THIRD
+        assert not partial(tmp_path, DISK).exists()
+        assert (await get(cache, DISK, server.url)).read_bytes() == DISK
+
+
+async def test_a_full_disk_makes_unused_images_go_before_an_instance_is_refused(tmp_path: Path) -> None:
+    async with ContentServer(DISK, OTHER, THIRD) as server, running_cache(tmp_path) as cache:
+        for data in (OTHER, THIRD):
+            unused = new_id("i")
+            await get(cache, data, server.url, instance=unused)
+            await cache.release(unused)
+
+        with files_of_at_most(2_500_000), pytest.raises(ResourceExhausted):
+            await get(cache, DISK, server.url)
+
+        assert kept(tmp_path) == set()
+        assert len(server.ranges) == 2 + 3
 
 
 async def test_two_images_at_once_that_fit_alone_but_not_together(tmp_path: Path) -> None:

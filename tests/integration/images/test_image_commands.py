@@ -124,6 +124,34 @@ async def test_an_import_goes_on_over_a_broken_connection(
     assert hashlib.sha256(MARKED).hexdigest() in done.out
 
 
+async def test_an_import_waits_for_a_server_that_starts_again(
+    server: WholeServer, ctl: Ctl, tmp_path: Path
+) -> None:
+    async with TcpProxy(int(server.addresses.grpc.rpartition(":")[2])) as proxy:
+
+        async def be_away() -> None:
+            await proxy.seen.wait()
+            proxy.refuse()
+            await asyncio.sleep(1.5)
+            proxy.accept()
+
+        proxy.cut_before(MIDDLE)
+        away = asyncio.create_task(be_away())
+        done = await ctl(
+            "image", "import", written(tmp_path, MARKED), "--name", "large", address=proxy.endpoint
+        )
+        await away
+
+    assert done.code == 0, done
+
+
+async def test_a_server_that_is_not_there_is_an_error_at_once(ctl: Ctl, tmp_path: Path) -> None:
+    refused = await ctl("image", "import", written(tmp_path, DISK), "--name", "x", address="127.0.0.1:1")
+
+    assert refused.code == 1, refused
+    assert "127.0.0.1:1" in refused.err
+
+
 async def test_a_second_run_of_the_command_sends_the_rest_only(
     server: WholeServer, ctl: Ctl, tmp_path: Path
 ) -> None:

@@ -2,11 +2,9 @@
 
 import asyncio
 import os
-import resource
 import threading
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import aiohttp
@@ -15,7 +13,17 @@ import grpc.aio
 import pytest
 
 from hvtest_control_plane import until
-from hvtest_images import Uploader, bzimage, eventually, messages, oci_archive, qcow2, raw_disk, sha256_of
+from hvtest_images import (
+    Uploader,
+    bzimage,
+    eventually,
+    files_of_at_most,
+    messages,
+    oci_archive,
+    qcow2,
+    raw_disk,
+    sha256_of,
+)
 from hvtest_whole_cluster import WholeServer, container, failure_of, whole_server
 from hypervisor.core.errors import FailedPrecondition, HypervisorError
 from hypervisor.v1 import image_pb2, instance_pb2, operation_pb2
@@ -332,17 +340,6 @@ async def test_an_image_that_the_disk_cannot_hold_is_refused_before_it_is_sent(t
 
     assert (type(error).__name__, error.reason) == ("ResourceExhausted", "DISK_FULL")
     assert partials_in(tmp_path) == []
-
-
-@contextmanager
-def files_of_at_most(limit: int) -> Iterator[None]:
-    """The kernel refuses to make a file of this process longer (EFBIG), as a full disk refuses (ENOSPC)."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 async def test_a_disk_that_is_full_in_the_middle_leaves_nothing(tmp_path: Path) -> None:

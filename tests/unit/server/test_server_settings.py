@@ -1,5 +1,8 @@
 """The server's keys: what may stand together, and what is refused with which sentence."""
 
+import socket
+from pathlib import Path
+
 import pytest
 
 from hypervisor.core.settings import SettingsError, load
@@ -109,3 +112,30 @@ def test_tls_and_store_settings_arrive_where_they_are_used() -> None:
 )
 def test_the_mode_chooses_the_authenticator(overrides: list[str], kind: type) -> None:
     assert isinstance(auth.build(settings(*overrides)), kind)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "url"),
+    [
+        ([], "http://127.0.0.1:8080"),
+        (["server.http_address=[::1]:0"], "http://[::1]:8080"),
+        (["server.advertise_address=server-1:50051"], "http://server-1:8080"),
+        (["server.advertise_http_address=images.example:80"], "http://images.example:80"),
+        (TLS, "https://127.0.0.1:8080"),
+        (
+            ["server.http_address=0.0.0.0:8080", "auth.mode=insecure"],
+            f"http://{socket.gethostname()}:8080",
+        ),
+    ],
+)
+def test_nodes_are_told_an_address_that_they_can_reach(overrides: list[str], url: str) -> None:
+    assert settings(*overrides).http_url(8080) == url
+
+
+def test_images_are_kept_beside_the_store_unless_told_otherwise() -> None:
+    assert settings("store.path=/data/store.db").image_dir() == Path("/data/images")
+    assert settings("image_store.dir=/srv/x").image_dir() == Path("/srv/x")
+
+
+def test_what_agents_say_of_images_may_stand_in_the_same_file() -> None:
+    assert "images" in ServerSettings.foreign_sections

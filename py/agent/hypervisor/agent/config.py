@@ -289,7 +289,7 @@ class ImagesSection(Section):
     cache_dir: Path | None = pydantic.Field(
         default=None,
         description="Directory for images fetched from the servers, this agent's alone. Default: `images` in "
-        "`agent.data_dir`. Where QEMU runs as another user, that user has to reach it.",
+        "`agent.data_dir`.",
     )
     cache_bytes: ByteSize = pydantic.Field(
         default=64 << 30,

@@ -28,7 +28,7 @@ __all__ = ["ImageUpload", "UploadPlan", "plan_upload"]
 
 _CHUNK = 512 << 10
 _HASH_CHUNK = 4 << 20
-_ATTEMPTS = 6
+_ATTEMPTS = 8
 """Failures in a row, without a byte taken between them."""
 _UPLOADS = uuid.UUID("6c1f4c50-13a9-4f5e-9d5c-6a2f1a3a3f0e")
 
@@ -113,18 +113,17 @@ class ImageUpload:
         """The image. Goes on after interruptions; raises what the server refuses."""
         failures, reached = 0, -1
         while True:
-            offset = self._received(deadline)
-            if offset > reached:
-                failures, reached = 0, offset
             try:
+                offset = self._received(deadline)
+                if offset > reached:
+                    failures, reached = 0, offset
                 return self._send(offset, deadline)
             except (Unavailable, Conflict, OutOfRange, DeadlineExceeded) as exc:
                 failures += 1
-                if (
-                    not _passes(exc)
-                    or failures >= _ATTEMPTS
-                    or not self._session.pause(failures, exc, deadline)
-                ):
+                # A server that was there and is not may be starting again; one that never was is an error at once.
+                passes = _passes(exc) or (reached >= 0 and isinstance(exc, Unavailable))
+                enough = failures >= _ATTEMPTS or not passes
+                if enough or not self._session.pause(failures, exc, deadline):
                     raise
 
     def _received(self, deadline: Deadline) -> int:

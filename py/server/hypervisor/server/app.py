@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -146,9 +145,7 @@ async def run_server(
                 image_file=plane.image_store.find,
             )
         )
-        plane.membership.describe(
-            http_url=_http_url(settings, gateway.port), image_store=plane.image_store.id
-        )
+        plane.membership.describe(http_url=settings.http_url(gateway.port), image_store=plane.image_store.id)
         if settings.image_store.replicate:
             plane.image_keeper.fetcher = await stack.enter_async_context(
                 _image_fetcher(settings, plane, clock=clock, rng=rng)
@@ -261,17 +258,6 @@ def _bound(address: str, port: int) -> str:
     """The address with the port that the system chose."""
     host, _ = split_address(address)
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _http_url(settings: ServerSettings, port: int) -> str:
-    """Where others reach the gateway."""
-    address = settings.server.advertise_http_address
-    if not address:
-        host, _ = split_address(settings.server.advertise_address or settings.server.http_address)
-        if host in ("0.0.0.0", "::"):
-            host = socket.gethostname()
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    return f"{'https' if settings.tls.enabled else 'http'}://{address}"
 
 
 @asynccontextmanager

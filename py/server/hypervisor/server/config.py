@@ -2,6 +2,7 @@
 
 import enum
 import ipaddress
+import socket
 from pathlib import Path
 from typing import ClassVar
 
@@ -195,7 +196,9 @@ class WeightsSection(Section):
     spread: int = _weight("spread", "Few instances in the same place, where `spec.spread` asks for it.")
     affinity: int = _weight("affinity", "Preferred terms of affinity and anti-affinity that hold.")
     load: int = _weight("load", "Processors and memory that are measured to be idle.")
-    image: int = _weight("image", "The image is on the node: an instance there was made from it.")
+    image: int = _weight(
+        "image", "The image is on the node: it has fetched it, or an instance there was made from it."
+    )
     penalty: int = _weight("penalty", "Placements on the node have not failed lately.")
     taints: int = _weight("taints", "No taint `prefer_no_schedule` that the instance does not tolerate.")
 
@@ -414,6 +417,16 @@ class ServerSettings(Settings):
                 "cross the network in clear: set tls.enabled to true, or use a loopback address"
             )
         return self
+
+    def http_url(self, port: int) -> str:
+        """Where nodes and other servers reach the gateway, which listens on ``port``."""
+        address = self.server.advertise_http_address
+        if not address:
+            host, _ = split_address(self.server.advertise_address or self.server.http_address)
+            if host in ("0.0.0.0", "::"):
+                host = socket.gethostname()
+            address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return f"{'https' if self.tls.enabled else 'http'}://{address}"
 
     def image_dir(self) -> Path:
         """Where the content of images is kept."""

@@ -217,16 +217,21 @@ class ImageCache:
     async def _fetch_once(self, source: ImageSource) -> None:
         if await asyncio.to_thread(self._use, source):
             return
-        try:
-            await self._fetcher.fetch(source)
-        except ResourceExhausted:
-            # The disk is fuller than our own limit knows: what nobody uses goes before an instance is refused.
-            async with self._room:
-                freed = await asyncio.to_thread(self._evict, source.size_bytes)
-            if not freed:
-                raise
-            await self._fetcher.fetch(source)
-        self._digests |= {source.sha256}
+        while True:
+            try:
+                await self._fetcher.fetch(source)
+            except ResourceExhausted:
+                # The disk is fuller than our own limit knows: what nobody uses goes, one after another, before an
+                # instance is refused.
+                async with self._room:
+                    freed = await asyncio.to_thread(self._evict, 1)
+                if not freed:
+                    # What came would only keep the disk full.
+                    await asyncio.to_thread((self._blobs.partial / source.sha256).unlink, missing_ok=True)
+                    raise
+            else:
+                self._digests |= {source.sha256}
+                return
 
     async def _make_room(self, source: ImageSource) -> None:
         """Collect until the content fits under the limit. ResourceExhausted (``IMAGE_CACHE_FULL``)."""

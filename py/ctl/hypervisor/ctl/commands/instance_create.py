@@ -81,8 +81,10 @@ _DESCRIBING = frozenset(
 @click.option("-l", "--label", "labels", metavar="KEY=VALUE", multiple=True, help="Label; repeatable.")
 @click.option("--workdir", metavar="PATH", default="", help="Working directory of the container.")
 @click.option("--pids", metavar="N", type=int, help="Most processes and threads. Default: 4096.")
-@click.option("--kernel", metavar="PATH", default="", help="vm, microvm: kernel on the node.")
-@click.option("--initrd", metavar="PATH", default="", help="vm, microvm: initial RAM disk on the node.")
+@click.option("--kernel", metavar="PATH", default="", help="vm, microvm: kernel on the node, or image:NAME.")
+@click.option(
+    "--initrd", metavar="PATH", default="", help="vm, microvm: initial RAM disk on the node, or image:NAME."
+)
 @click.option("--kernel-args", metavar="TEXT", default="", help="vm, microvm: kernel command line.")
 @machine_options
 @click.option(

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import structlog
 
 from hypervisor.core.clock import Clock
-from hypervisor.core.errors import HypervisorError, NotFound
+from hypervisor.core.errors import HypervisorError
 from hypervisor.core.images import Image, ImageSource, ImageState
 from hypervisor.server import keys
 from hypervisor.server.cluster_state import Update
@@ -28,6 +28,7 @@ __all__ = ["ImageKeeper"]
 
 _LOOK_EVERY_S = 60.0
 _RETRY_S = 5.0
+_FETCH_AGAIN_S = 15.0
 _ORPHAN_GRACE_S = 3600.0
 _IMAGES = keys.image("").path
 
@@ -80,7 +81,8 @@ class ImageKeeper:
                 try:
                     await self._store.open()
                     await self._look()
-                    await self._fetch_missing()
+                    if not await self._fetch_missing():
+                        wait_s = _FETCH_AGAIN_S
                 except HypervisorError as exc:
                     _log.warning("images_not_kept", reason=exc.reason, error=str(exc))
                     wait_s = _RETRY_S
@@ -150,7 +152,9 @@ class ImageKeeper:
             and servers_of(self._view, found.value)
         ]
 
-    async def _fetch_missing(self) -> None:
+    async def _fetch_missing(self) -> bool:
+        """Fetch what others have, one after another; False where one could not be."""
+        complete = True
         for image in self._missing():
             if self.fetcher is None or self._store.find(image.sha256) is not None:
                 continue
@@ -169,8 +173,10 @@ class ImageKeeper:
                     await self.fetcher.fetch(source)
                     await self._committer.commit(lambda d, image=image: self._enter(d, image, holds=True))
                 _log.info("image_replicated", image=image.name, size_bytes=image.size_bytes)
-            except NotFound as exc:
-                # Deleted meanwhile.
-                _log.info("image_not_replicated", image=image.name, reason=exc.reason)
+            except HypervisorError as exc:
+                # The others are not to wait for it. NotFound: deleted meanwhile, most likely.
+                _log.warning("image_not_replicated", image=image.name, reason=exc.reason, error=exc.message)
+                complete = False
             finally:
                 self._fetching.discard(image.sha256)
+        return complete

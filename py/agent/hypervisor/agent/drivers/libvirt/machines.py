@@ -28,6 +28,8 @@ _UNDEFINE_FLAGS = (
     | libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
 )
 
+_UNDEFINE_FEWER = libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
+
 _log = structlog.get_logger(__name__)
 
 
@@ -121,7 +123,7 @@ class Machines:
                     if exc.get_error_code() not in (libvirt.VIR_ERR_NO_SUPPORT, libvirt.VIR_ERR_INVALID_ARG):
                         raise
                     # libvirt's test driver knows fewer flags.
-                    domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE)
+                    domain.undefineFlags(_UNDEFINE_FEWER)
             except libvirt.libvirtError as exc:
                 if is_missing(exc):
                     return False
