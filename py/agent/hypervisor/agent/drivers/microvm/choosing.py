@@ -27,6 +27,7 @@ from hypervisor.core.machines import VmmChoice
 __all__ = ["Choice", "Chooser"]
 
 _PROBE_MEMORY_MIB = 192
+_VERSIONS_HOLD_S = 30.0
 
 _log = structlog.get_logger(__name__)
 
@@ -56,6 +57,8 @@ class Chooser:
         self._runner = runner
         self._new_id = new_id
         self._choosing: dict[VmmChoice, asyncio.Task[Choice]] = {}
+        self._versions: tuple[str, ...] = ()
+        self._asked_at: float | None = None
 
     def by_key(self, key: str) -> Vmm:
         """The VMM of a record. ``Unavailable`` (``DRIVER_UNAVAILABLE``) when this version has it no more."""
@@ -89,12 +92,16 @@ class Chooser:
         raise error
 
     async def versions(self) -> tuple[str, ...]:
-        """Of all VMMs that can run here."""
+        """Of all VMMs that can run here, as it was within the last half minute: some are asked by running them."""
+        now = asyncio.get_running_loop().time()
+        if self._asked_at is not None and now - self._asked_at < _VERSIONS_HOLD_S:
+            return self._versions
         found = []
         for vmm in self.vmms:
             with contextlib.suppress(HypervisorError):
                 found.append(await vmm.version())
-        return tuple(dict.fromkeys(found))
+        self._asked_at, self._versions = now, tuple(dict.fromkeys(found))
+        return self._versions
 
     async def aclose(self) -> None:
         """End a probe."""
