@@ -73,10 +73,14 @@ def _die_with_parent() -> None:
 
 
 class PrivateLibvirtd:
-    """Starts, kills, restarts and ends one libvirtd below ``directory`` (short: sockets are below it)."""
+    """Starts, kills, restarts and ends one libvirtd below ``directory`` (short: sockets are below it).
 
-    def __init__(self, directory: Path) -> None:
+    QEMU runs as root, or with ``own_user`` as the distribution has it: as a user who is given each file it needs.
+    """
+
+    def __init__(self, directory: Path, *, own_user: bool = False) -> None:
         self.directory = directory
+        self._own_user = own_user
         self.uri = f"qemu+unix:///system?socket={directory}/sock/libvirt-sock"
         self._log = directory / "log" / "libvirtd.log"
         self._space: subprocess.Popen[str] | None = None
@@ -108,11 +112,14 @@ class PrivateLibvirtd:
             encoding="utf-8",
         )
         # Without virtlogd: QEMU's own words go to a file, the guests' consoles are FIFOs.
-        (etc / "qemu.conf").write_text(
-            'user = "root"\ngroup = "root"\ndynamic_ownership = 0\nremember_owner = 0\n'
-            'security_driver = "none"\nsecurity_default_confined = 0\nstdio_handler = "file"\nnamespaces = []\n',
-            encoding="utf-8",
+        settings = (
+            'remember_owner = 0\nstdio_handler = "file"\nnamespaces = []\nsecurity_default_confined = 0\n'
         )
+        if self._own_user:
+            self.directory.chmod(0o711)
+        else:
+            settings += 'user = "root"\ngroup = "root"\ndynamic_ownership = 0\nsecurity_driver = "none"\n'
+        (etc / "qemu.conf").write_text(settings, encoding="utf-8")
 
     def _enter_namespaces(self) -> None:
         mounts = " && ".join(
