@@ -231,6 +231,12 @@ class PrivateLibvirtd:
         }
         return {kind: names for kind, names in found.items() if names}
 
+    def sweep_control_groups(self) -> None:
+        """Remove those of every guest that ran here: libvirt leaves the ones whose QEMU ended while it was away."""
+        domains = {path.stem for path in self.directory.glob("log/qemu/*.log")}
+        # A process is gone for /proc a moment before it is gone for its group.
+        eventually(lambda: not _sweep_control_groups(domains), what="the guests' control groups are gone")
+
     def end_everything(self) -> None:
         """End guests and libvirtd, and remove the directory."""
         if self._daemon is not None and self._daemon.poll() is None:
@@ -245,7 +251,7 @@ class PrivateLibvirtd:
             # Libvirtd went with its namespace, and with it the nsenter that waits for it.
             self._daemon.wait()
         eventually(lambda: not qemu_processes(str(self.directory)), what="all QEMU processes ended")
-        _sweep_control_groups({path.stem for path in self.directory.glob("*/qemu/*.xml")})
+        self.sweep_control_groups()
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
@@ -264,13 +270,22 @@ def _names(directory: Path, *, empty: bool = False) -> list[str]:
     )
 
 
-def _sweep_control_groups(domains: Iterable[str] = ()) -> None:
-    """Remove what killed libvirtds left: empty groups of these domains, and of any that are older than 15 minutes."""
+def _sweep_control_groups(domains: Iterable[str] = ()) -> list[Path]:
+    """Remove what killed libvirtds left: empty groups of these domains, and of any that are older than 15 minutes.
+
+    Returns those of the domains that could not be removed.
+    """
     root = Path("/sys/fs/cgroup")
+    left = []
     for parent in (root, *root.iterdir()):
         for group in (parent / "machine").glob("qemu-*.libvirt-qemu"):
             named = any(group.name.endswith(f"-{domain}.libvirt-qemu") for domain in domains)
-            with contextlib.suppress(OSError):
+            try:
                 if named or time.time() - group.stat().st_mtime > _STALE_S:
                     for inner, _, _ in os.walk(group, topdown=False):
                         os.rmdir(inner)
+            except FileNotFoundError:
+                continue
+            except OSError:
+                left += [group] if named else []
+    return left
