@@ -73,10 +73,14 @@ def _die_with_parent() -> None:
 
 
 class PrivateLibvirtd:
-    """Starts, kills, restarts and ends one libvirtd below ``directory`` (short: sockets are below it)."""
+    """Starts, kills, restarts and ends one libvirtd below ``directory`` (short: sockets are below it).
 
-    def __init__(self, directory: Path) -> None:
+    QEMU runs as root, or with ``own_user`` as the distribution has it: as a user who is given each file it needs.
+    """
+
+    def __init__(self, directory: Path, *, own_user: bool = False) -> None:
         self.directory = directory
+        self._own_user = own_user
         self.uri = f"qemu+unix:///system?socket={directory}/sock/libvirt-sock"
         self._log = directory / "log" / "libvirtd.log"
         self._space: subprocess.Popen[str] | None = None
@@ -108,11 +112,14 @@ class PrivateLibvirtd:
             encoding="utf-8",
         )
         # Without virtlogd: QEMU's own words go to a file, the guests' consoles are FIFOs.
-        (etc / "qemu.conf").write_text(
-            'user = "root"\ngroup = "root"\ndynamic_ownership = 0\nremember_owner = 0\n'
-            'security_driver = "none"\nsecurity_default_confined = 0\nstdio_handler = "file"\nnamespaces = []\n',
-            encoding="utf-8",
+        settings = (
+            'remember_owner = 0\nstdio_handler = "file"\nnamespaces = []\nsecurity_default_confined = 0\n'
         )
+        if self._own_user:
+            self.directory.chmod(0o711)
+        else:
+            settings += 'user = "root"\ngroup = "root"\ndynamic_ownership = 0\nsecurity_driver = "none"\n'
+        (etc / "qemu.conf").write_text(settings, encoding="utf-8")
 
     def _enter_namespaces(self) -> None:
         mounts = " && ".join(
@@ -224,6 +231,12 @@ class PrivateLibvirtd:
         }
         return {kind: names for kind, names in found.items() if names}
 
+    def sweep_control_groups(self) -> None:
+        """Remove those of every guest that ran here: libvirt leaves the ones whose QEMU ended while it was away."""
+        domains = {path.stem for path in self.directory.glob("log/qemu/*.log")}
+        # A process is gone for /proc a moment before it is gone for its group.
+        eventually(lambda: not _sweep_control_groups(domains), what="the guests' control groups are gone")
+
     def end_everything(self) -> None:
         """End guests and libvirtd, and remove the directory."""
         if self._daemon is not None and self._daemon.poll() is None:
@@ -238,7 +251,7 @@ class PrivateLibvirtd:
             # Libvirtd went with its namespace, and with it the nsenter that waits for it.
             self._daemon.wait()
         eventually(lambda: not qemu_processes(str(self.directory)), what="all QEMU processes ended")
-        _sweep_control_groups({path.stem for path in self.directory.glob("*/qemu/*.xml")})
+        self.sweep_control_groups()
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
@@ -257,13 +270,22 @@ def _names(directory: Path, *, empty: bool = False) -> list[str]:
     )
 
 
-def _sweep_control_groups(domains: Iterable[str] = ()) -> None:
-    """Remove what killed libvirtds left: empty groups of these domains, and of any that are older than 15 minutes."""
+def _sweep_control_groups(domains: Iterable[str] = ()) -> list[Path]:
+    """Remove what killed libvirtds left: empty groups of these domains, and of any that are older than 15 minutes.
+
+    Returns those of the domains that could not be removed.
+    """
     root = Path("/sys/fs/cgroup")
+    left = []
     for parent in (root, *root.iterdir()):
         for group in (parent / "machine").glob("qemu-*.libvirt-qemu"):
             named = any(group.name.endswith(f"-{domain}.libvirt-qemu") for domain in domains)
-            with contextlib.suppress(OSError):
+            try:
                 if named or time.time() - group.stat().st_mtime > _STALE_S:
                     for inner, _, _ in os.walk(group, topdown=False):
                         os.rmdir(inner)
+            except FileNotFoundError:
+                continue
+            except OSError:
+                left += [group] if named else []
+    return left

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
 from hvtest_containerd import eventually
 from hvtest_containers import until
 from hvtest_driver_watching import events_of, the_end
-from hvtest_libvirtd import qemu_processes
+from hvtest_libvirtd import PrivateLibvirtd, qemu_processes
 from hvtest_vms import VmBench, answer, ready, started, vm_assignment
 from hypervisor.agent.drivers.libvirt import LibvirtDriver
 from hypervisor.core.errors import HypervisorError, Unavailable
@@ -259,7 +260,7 @@ def test_nothing_of_a_private_libvirtd_outlives_a_killed_test() -> None:
             [sys.executable, "-c", _ORPHAN, directory],
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TEST_TMPDIR": directory},
         )
         assert child.stdout is not None
         assert "running" in (line for line in iter(lambda: child.stdout.readline().strip(), ""))
@@ -269,4 +270,5 @@ def test_nothing_of_a_private_libvirtd_outlives_a_killed_test() -> None:
         child.wait()
 
         eventually(lambda: not qemu_processes(directory), what="QEMU ended with the test")
+        PrivateLibvirtd(Path(directory)).sweep_control_groups()
         child.stdout.close()

@@ -33,7 +33,7 @@ from hypervisor.core.clock import Clock
 from hypervisor.core.errors import FailedPrecondition, HypervisorError
 from hypervisor.core.machines import Snapshot, SnapshotKind
 from hypervisor.core.model import Capability, DriverInfo, Observation, Sizes
-from hypervisor.core.states import InstanceType
+from hypervisor.core.states import InstanceStatus, InstanceType
 
 __all__ = ["LibvirtDriver"]
 
@@ -104,12 +104,14 @@ class LibvirtDriver:
         async with self._tracker.locks.hold(instance_id):
             making = asyncio.ensure_future(self._builder.make(assignment, wanted, sources, record))
             try:
-                await uninterrupted(making)
+                new = await uninterrupted(making)
             except asyncio.CancelledError:
                 if not making.cancelled() and making.exception() is None and making.result():
                     await self._builder.undo(instance_id)
                 raise
-            await self._tracker.told(instance_id)
+            # Nothing is awaited any more: a cancellation now would leave it behind.
+            if new:
+                self._tracker.live_of(instance_id).told = (InstanceStatus.STOPPED, "")
         return {"domain": instance_id, "uri": self._config.uri}
 
     async def delete(self, instance_id: str) -> bool:
