@@ -49,11 +49,15 @@ class _Endpoint:
                 self._open = (fd,)
                 return ConsoleEndpoint(output=fd, input=fd, terminal=True)
             case "socket":
+                # By a descriptor: its path is longer than an address of a socket may be.
+                directory = os.open(self._directory, os.O_PATH)
                 with socket.socket(socket.AF_UNIX) as sock:
                     try:
-                        sock.connect(str(self._directory / "socket"))
+                        sock.connect(f"/proc/self/fd/{directory}/socket")
                     except OSError as exc:
                         raise FailedPrecondition(f"nobody is there: {exc}", reason="CONSOLE_GONE") from exc
+                    finally:
+                        os.close(directory)
                     fd = sock.detach()
                 self._open = (fd,)
                 return ConsoleEndpoint(output=fd, input=fd)

@@ -50,6 +50,7 @@ class NodeProcess:
             "agent.data_dir": str(self.data_dir),
             "agent.server_address": self._server.address,
             "agent.port": "0",
+            "metrics.address": "127.0.0.1:0",
             "agent.shutdown_grace": "2s",
             "drivers.enabled": NAME,
             "node.hostname": "node-1",
