@@ -70,3 +70,31 @@ def test_back_off_doubles_up_to_its_longest():
 )
 def test_describe_exit(code, text):
     assert describe_exit(code) == text
+
+
+def test_a_private_libvirtd_is_in_directories_of_the_clusters_own():
+    plan = make_plan(types=("container", "microvm", "vm"), private_libvirt=True)
+    plan = make_plan(types=plan.types, private_libvirt=True, libvirt_uri=plan.libvirtd.uri)
+
+    (libvirtd,) = [process for process in plan.processes() if process.name == "libvirtd"]
+    files = plan.libvirtd.files()
+
+    assert libvirtd.wait_for == plan.run / "libvirt" / "libvirt-sock"
+    assert libvirtd.command == ("sh", str(plan.libvirtd.script))
+    assert all(path.is_relative_to(plan.root) for path in files)
+    assert "mount --bind /dev-cluster/libvirt/lib /var/lib/libvirt" in files[plan.libvirtd.script]
+    agent = plan.agent_config()
+    assert agent["drivers"] == {"enabled": ["container", "microvm", "vm"]}
+    assert agent["libvirt"]["uri"] == f"qemu+unix:///system?socket={libvirtd.wait_for}"
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_the_paths_of_sockets_stay_short_however_deep_the_cluster_lies():
+    plan = make_plan(root=Path("/a" * 200), private_libvirt=True)
+
+    assert len(str(plan.libvirtd.socket)) < 60
+    assert len(plan.agent_config()["microvm"]["run_dir"]) < 45
+
+
+def test_without_libvirt_the_agent_keeps_its_default():
+    assert "libvirt" not in make_plan().agent_config()

@@ -71,24 +71,27 @@ def sweep(plan: Plan) -> list[str]:
 
 
 def machines_of(plan: Plan) -> list[ProcessId]:
-    """VMMs that use a directory of the cluster's: it is in their command line, or they are jailed below it."""
+    """VMMs that use a directory of the cluster's, as their command line tells; jailed ones see none of it, and have
+    the id of an instance there instead."""
     places = (str(plan.root), str(plan.run))
+    ids = _microvms_of(plan)
     found = []
     for process in every_process():
         words = command_line(process)
         if not words or not Path(words[0]).name.startswith(_VMMS):
             continue
         named = any(f"{place}/" in word for place in places for word in words)
-        if named or any(_root_of(process).startswith(f"{place}/") for place in places):
+        if named or ids.intersection(word.rpartition("=")[2] for word in words):
             found.append(process)
     return found
 
 
-def _root_of(process: ProcessId) -> str:
+def _microvms_of(plan: Plan) -> frozenset[str]:
+    """Ids of the microVMs that have a directory in the cluster's."""
     try:
-        return os.readlink(f"/proc/{process.pid}/root")
+        return frozenset(os.listdir(plan.layout.data("microvms") / "instances"))
     except OSError:
-        return ""
+        return frozenset()
 
 
 def _stop_machines(plan: Plan) -> list[str]:
