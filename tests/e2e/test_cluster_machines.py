@@ -47,7 +47,7 @@ class Machines:
         self.libvirtd = libvirtd
         self.run_dir = run_dir
         self.small_guest = small_guest
-        self._foreign_taps = _taps()
+        self._foreign = _taps() | _groups()
 
     def vmm(self, instance_id: str) -> int:
         """Process id of the instance's VMM."""
@@ -69,11 +69,15 @@ class Machines:
         found = {
             "microvms": sorted(os.listdir(data)) if data.exists() else [],
             "sockets": sorted(path.name for path in self.run_dir.iterdir()),
-            "cgroups": [str(path) for path in Path("/sys/fs/cgroup").glob("*/hypervisor-microvms/i-*")],
-            "taps": sorted(_taps() - self._foreign_taps),
+            "cgroups": sorted(_groups() - self._foreign),
+            "taps": sorted(_taps() - self._foreign),
         }
         found |= {f"libvirt {kind}": names for kind, names in self.libvirtd.leftovers().items()}
         return {kind: names for kind, names in found.items() if names}
+
+
+def _groups() -> set[str]:
+    return {str(path) for path in Path("/sys/fs/cgroup").glob("**/hypervisor-microvms/i-*")}
 
 
 def _taps() -> set[str]:
@@ -108,6 +112,15 @@ def machines(release: Path) -> Iterator[Machines]:
             yield Machines(cluster, libvirtd, run_dir, small / "guest.elf")
     for directory in (run_dir, small):
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _leave_nothing_to_the_next_test(machines: Machines) -> Iterator[None]:
+    """A test that failed half-way shall not fail those after it."""
+    yield
+    left = machines.cluster.ctl("instance", "list", "-q").out.split()
+    if left:
+        machines.cluster.ctl("instance", "delete", *left, "--force")
 
 
 def linux(name: str, *options: str) -> Kind:
