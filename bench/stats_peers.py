@@ -339,7 +339,7 @@ def _of_processes(scratch: Path, pids: Sequence[int], ours: Ours, limit: ReadLoo
     try:
         psutil = importlib.import_module("psutil")
     except ImportError:
-        yield _missing("psutil", f"psutil cannot be imported by {sys.executable}")
+        yield _missing("psutil", "psutil is not installed for the Python that runs the benchmarks")
     else:
         note = "it reads /proc of the process in each of the groups"
         processes = [psutil.Process(pid) for pid in pids]
