@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace as with_config
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 from msgspec.structs import replace
@@ -23,6 +24,7 @@ class Second(FirecrackerVmm):
 
     key = "second"
     choice = VmmChoice.QEMU
+    lacks = MappingProxyType({"snapshot-diff": "the second keeps whole ones only"})
 
     async def version(self) -> str:
         return "second 1.0"
@@ -145,6 +147,18 @@ async def test_a_default_kernel_that_firecracker_cannot_read_is_the_reason(node:
     assert found == "second 1.0"
     assert "bzImage" in reason
     assert "spec.kernel_path" not in reason
+
+
+async def test_what_only_an_absent_vmm_could_do_is_not_offered(node: FirecrackerBench) -> None:
+    async with choosing(node, kernel=node.kernel) as both:
+        whole = await both.info()
+    async with choosing(node, kernel=node.kernel, program=Path("/nowhere/firecracker")) as second_alone:
+        poor = await second_alone.info()
+
+    assert whole.lacks("snapshot-diff") is None
+    lacking = poor.lacks("snapshot-diff")
+    assert lacking is not None
+    assert lacking.reason == "the second keeps whole ones only"
 
 
 async def test_a_program_that_is_missing_is_told_and_the_other_vmm_runs(node: FirecrackerBench) -> None:

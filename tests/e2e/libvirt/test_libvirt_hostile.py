@@ -4,6 +4,7 @@ What of the strings is decided without libvirt is in tests/unit/agent/libvirt; h
 """
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -203,10 +204,9 @@ async def test_a_kernel_that_is_none_fails_to_boot_and_is_deleted_like_any_other
     made = vm_assignment(replace(bench.spec(), kernel_path=str(path), initrd_path=str(linux_guest().initrd)))
     await driver.create(made)
 
-    try:
+    # Whether QEMU takes it is QEMU's affair; what it may not do is leave something behind, or fail in another way.
+    with contextlib.suppress(HypervisorError):
         await driver.start(made.instance_id)
-    except HypervisorError as exc:
-        assert exc.message  # noqa: PT017
     assert await driver.delete(made.instance_id)
 
     assert bench.leftovers() == {}

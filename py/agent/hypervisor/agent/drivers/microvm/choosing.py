@@ -58,6 +58,8 @@ class Chooser:
         self._new_id = new_id
         self._choosing: dict[VmmChoice, asyncio.Task[Choice]] = {}
         self._versions: tuple[str, ...] = ()
+        self.usable: tuple[Vmm, ...] = ()
+        """Those that answered when :meth:`versions` last asked them."""
         self._asked_at: float | None = None
 
     def by_key(self, key: str) -> Vmm:
@@ -97,9 +99,12 @@ class Chooser:
         if self._asked_at is not None and now - self._asked_at < _VERSIONS_HOLD_S:
             return self._versions
         found = []
+        usable = []
         for vmm in self.vmms:
             with contextlib.suppress(HypervisorError):
                 found.append(await vmm.version())
+                usable.append(vmm)
+        self.usable = tuple(usable)
         self._asked_at, self._versions = now, tuple(dict.fromkeys(found))
         return self._versions
 

@@ -440,8 +440,10 @@ class MicrovmDriver:
             reason = f"{decided.version}: {decided.reason}" if decided.reason else ""
         lacks = dict(_LACKS)
         for verb in VERBS:
-            reasons = [vmm.lacks[verb] for vmm in self._chooser.vmms if verb in vmm.lacks]
-            if len(reasons) == len(self._chooser.vmms) and reasons:
+            # Of those that run here: what only an absent one could do is not offered.
+            offered = self._chooser.usable or self._chooser.vmms
+            reasons = [vmm.lacks[verb] for vmm in offered if verb in vmm.lacks]
+            if len(reasons) == len(offered):
                 lacks.setdefault(verb, reasons[0])
         return DriverInfo(
             name=_NAME,
