@@ -39,6 +39,7 @@ from hypervisor.core.model import ConsoleSize, DriverInfo, InstanceSpec, Observa
 from hypervisor.core.states import InstanceType
 
 __all__ = [
+    "ASK_AGAIN_S",
     "VERBS",
     "Assignment",
     "Console",
@@ -68,6 +69,9 @@ VERBS = (
     "snapshot-diff",
 )
 """Verbs every driver lists in its capabilities, supported or not: the last five need what :mod:`.powers` describes."""
+
+ASK_AGAIN_S = 5.0
+"""After so many seconds a guest that was asked to end is asked anew: one that still boots misses the first time."""
 
 Handle = Mapping[str, str]
 

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import structlog
 from msgspec.structs import replace
 
-from hypervisor.agent.drivers.driver import VERBS, Assignment, Console, Handle
+from hypervisor.agent.drivers.driver import ASK_AGAIN_S, VERBS, Assignment, Console, Handle
 from hypervisor.agent.drivers.fifo_console import FifoConsole
 from hypervisor.agent.drivers.libvirt.accelerator import Accelerator, probe_kvm
 from hypervisor.agent.drivers.libvirt.building import Builder
@@ -173,17 +173,23 @@ class LibvirtDriver:
     async def _end_politely(self, instance_id: str, phase: Phase, *, grace_s: float) -> None:
         if grace_s > 0 and phase is Phase.RUNNING:
             deadline = self._clock.monotonic() + grace_s
-            try:
-                await self._machines.press_power_button(instance_id)
-            except FailedPrecondition as exc:
-                # It ended a moment ago, or is not ready for it; the rest finds out.
-                _log.info("power_button_refused", instance_id=instance_id, error=exc.message)
-            while self._clock.monotonic() < deadline:
+            press_at = self._clock.monotonic()
+            while (now := self._clock.monotonic()) < deadline:
+                if now >= press_at:
+                    await self._press_power_button(instance_id)
+                    press_at = now + ASK_AGAIN_S
                 if (await self._tracker.find(instance_id)).state.phase is Phase.OFF:
                     return
                 await self._clock.sleep(min(_STOP_POLL_S, max(0.0, deadline - self._clock.monotonic())))
             _log.info("vm_stop_forced", instance_id=instance_id, grace_s=grace_s)
         await uninterrupted(self._machines.destroy(instance_id))
+
+    async def _press_power_button(self, instance_id: str) -> None:
+        try:
+            await self._machines.press_power_button(instance_id)
+        except FailedPrecondition as exc:
+            # It ended a moment ago, or is not ready for it; the rest finds out.
+            _log.info("power_button_refused", instance_id=instance_id, error=exc.message)
 
     async def restart(self, instance_id: str, *, grace_s: float) -> Observation:
         """Stop and start; memory saved by a suspend is dropped."""

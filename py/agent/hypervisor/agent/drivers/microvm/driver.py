@@ -9,12 +9,13 @@ from pathlib import Path
 import structlog
 from msgspec.structs import replace
 
-from hypervisor.agent.drivers.driver import VERBS, Assignment, Console, Handle
+from hypervisor.agent.drivers.driver import ASK_AGAIN_S, VERBS, Assignment, Console, Handle
 from hypervisor.agent.drivers.fifo_console import FifoConsole
 from hypervisor.agent.drivers.microvm.choosing import Choice, Chooser
 from hypervisor.agent.drivers.microvm.config import MicrovmConfig
 from hypervisor.agent.drivers.microvm.creating import can_name, check_assignment, open_sources, write_files
 from hypervisor.agent.drivers.microvm.files import disk_error, remove_tree
+from hypervisor.agent.drivers.microvm.processes import VmmProcess
 from hypervisor.agent.drivers.microvm.records import Record, RecordStore
 from hypervisor.agent.drivers.microvm.resizing import check_sizes, resize
 from hypervisor.agent.drivers.microvm.runner import Runner
@@ -209,14 +210,20 @@ class MicrovmDriver:
             if grace_s > 0 and not live.record.paused:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(grace_s):
-                        if await self._asked(live):
-                            await process.wait()
+                        await self._end_politely(live, process)
             if not process.ended:
                 forced = True
                 await uninterrupted(self._runner.kill(process))
         observation = await self._tracker.settle(live, process, forced=forced)
         self._runner.fifos.release(live.record.instance_id)
         return observation
+
+    async def _end_politely(self, live: Live, process: VmmProcess) -> None:
+        while await self._asked(live):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ASK_AGAIN_S):
+                    await process.wait()
+                    return
 
     async def _asked(self, live: Live) -> bool:
         try:
