@@ -24,6 +24,7 @@ from hypervisor.agent.stats.service import StatsService
 from hypervisor.core.clock import SystemClock
 from hypervisor.core.ids import new_id
 from hypervisor.core.model import DriverInfo, InstanceSpec, Observation
+from hypervisor.core.restarts import RestartPolicy
 from hypervisor.core.states import InstanceType
 
 __all__ = ["NodeUnderTest", "assignment", "node_under_test", "ref"]
@@ -39,6 +40,7 @@ def assignment(
     kind: InstanceType = InstanceType.CONTAINER,
     generation: int = 1,
     epoch: int = 1,
+    restart: RestartPolicy | None = None,
 ) -> Assignment:
     """The smallest legal assignment."""
     return Assignment(
@@ -46,7 +48,7 @@ def assignment(
         name="web",
         project="default",
         type=kind,
-        spec=InstanceSpec(image=image, memory_mb=64, command=command),
+        spec=InstanceSpec(image=image, memory_mb=64, command=command, restart=restart),
         generation=generation,
         epoch=epoch,
     )
@@ -131,7 +133,7 @@ async def node_under_test(
         )
         told = Recorded(consoles, stats)
         instances = LocalInstances(
-            journal=journal, book=ObservationBook(starts=journal.starts), clock=clock, listener=told
+            journal=journal, book=ObservationBook(starts=journal.starts), clock=clock, listener=told, rng=rng
         )
         manager = Manager(instances=instances, drivers=health, clock=clock, rng=rng)
         async with asyncio.TaskGroup() as group:

@@ -173,3 +173,35 @@ spec:
     assert said["f.yaml:7: spec.affinity[1].preferred"] == "must be true or false"
     assert said["f.yaml:7: spec.affinity[1].weight"] == "is 101: use 1 to 100"
     assert said["f.yaml:8: spec.tolerations"] == "must be a list"
+
+
+def manifest(restart: str) -> str:
+    return f"name: web\ntype: container\nspec:\n  image: busybox\n  restart: {restart}\n"
+
+
+def test_a_restart_policy_is_a_word_or_a_mapping():
+    (word,) = parse_manifest(manifest("on-failure"), "f.yaml")
+    (mapping,) = parse_manifest(
+        manifest(
+            "{condition: always, max_restarts: 5, initial_delay: 500ms, max_delay: 1m, reset_after: 90}"
+        ),
+        "f.yaml",
+    )
+
+    assert word.spec.restart == pb.RestartPolicy(condition=pb.RESTART_CONDITION_ON_FAILURE)
+    policy = mapping.spec.restart
+    assert (policy.condition, policy.max_restarts) == (pb.RESTART_CONDITION_ALWAYS, 5)
+    assert policy.initial_delay.ToMilliseconds() == 500
+    assert (policy.max_delay.seconds, policy.reset_after.seconds) == (60, 90)
+
+
+def test_mistakes_in_a_restart_policy_have_their_line():
+    assert problems(manifest("sometimes")) == [
+        ("f.yaml:5: spec.restart", "'sometimes' is not one of never, on-failure, always")
+    ]
+    found = problems(manifest("{condition: on-failure, max_restart: 3, max_delay: soon}"))
+    assert [field for field, _ in found] == [
+        "f.yaml:5: spec.restart.max_restart",
+        "f.yaml:5: spec.restart.max_delay",
+    ]
+    assert "did you mean max_restarts?" in found[0][1]

@@ -6,6 +6,7 @@ import pytest
 from msgspec import structs
 
 from hypervisor.core.model import Instance, InstanceSpec, Observation
+from hypervisor.core.restarts import Restarts
 from hypervisor.core.states import DesiredState, InstanceStatus, InstanceType
 from hypervisor.server.observations import fold, lost, missing, settle
 
@@ -152,3 +153,25 @@ def test_an_instance_its_node_did_not_name_is_not_known() -> None:
 def test_instances_under_way_are_not_lost(left_alone: Instance) -> None:
     assert lost(left_alone, now=NOW) is None
     assert missing(left_alone, now=NOW) is None
+
+
+def test_a_restart_by_the_node_is_taken_in_with_its_count() -> None:
+    waiting = Restarts(count=1, total=1, next_at=NOW)
+    failed = fold(instance(), seen(S.FAILED, exit_code=3, reason="BACKOFF", restarts=waiting), now=NOW)
+    assert failed is not None
+    assert (failed.status, failed.status_reason, failed.restarts) == (S.FAILED, "BACKOFF", waiting)
+
+    done = Restarts(count=2, total=2, last_at=NOW)
+    again = fold(failed, seen(S.RUNNING, sequence=7, restarts=done), now=NOW)
+
+    assert again is not None
+    assert (again.status, again.status_reason, again.exit_code, again.restarts) == (S.RUNNING, "", None, done)
+
+
+def test_an_agent_that_knows_no_restarts_leaves_them_as_they_are() -> None:
+    known = Restarts(count=1, total=1)
+
+    after = fold(instance(restarts=known), seen(S.STOPPED, exit_code=0), now=NOW)
+
+    assert after is not None
+    assert after.restarts == known

@@ -31,6 +31,7 @@ from hypervisor.core.model import (
     Toleration,
 )
 from hypervisor.core.resources import Resources
+from hypervisor.core.restarts import RestartCondition, RestartPolicy, Restarts
 from hypervisor.core.states import (
     DesiredState,
     InstanceStatus,
@@ -105,6 +106,26 @@ _SPECS = st.builds(
         st.builds(SpreadTerm, selector=_SELECTORS, topology=_TEXT.filter(bool), weight=st.integers(1, 100)),
         max_size=3,
     ).map(tuple),
+    restart=st.none()
+    | st.builds(
+        RestartPolicy,
+        condition=st.sampled_from((RestartCondition.ON_FAILURE, RestartCondition.ALWAYS)),
+        max_restarts=st.none() | st.integers(1, 1_000_000),
+        initial_delay_s=st.integers(1, 36_000).map(lambda tenths: tenths / 10),
+        max_delay_s=st.integers(1, 864_000).map(lambda tenths: tenths / 10),
+        reset_after_s=st.integers(1, 604_800).map(float),
+    ),
+)
+
+_RESTARTS = st.builds(
+    Restarts,
+    count=st.integers(0, 2**31 - 1),
+    total=_COUNT,
+    next_at=st.none() | _TIMES,
+    exhausted=st.booleans(),
+    last_at=st.none() | _TIMES,
+    last_reason=_TEXT,
+    last_exit_code=st.none() | st.integers(0, 255),
 )
 
 _RATE = st.floats(min_value=0, max_value=1e12, allow_nan=False)
@@ -153,6 +174,7 @@ _OBSERVATIONS = st.builds(
     started_at=st.none() | _TIMES,
     finished_at=st.none() | _TIMES,
     runtime=_TEXT,
+    restarts=st.none() | _RESTARTS,
 )
 
 

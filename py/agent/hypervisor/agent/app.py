@@ -194,6 +194,7 @@ class _Agent:
             journal=journal,
             book=ObservationBook(starts=journal.starts),
             clock=clock,
+            rng=rng,
             listener=_Listener(consoles=self._consoles, reporter=self._reporter, stats=self._stats),
         )
         self._images = ImageCache(

@@ -11,6 +11,7 @@ import msgspec
 
 from hypervisor.agent.drivers.driver import Assignment
 from hypervisor.core.model import Observation
+from hypervisor.core.restarts import RestartPolicy, Restarts
 from hypervisor.core.states import InstanceType
 
 __all__ = ["Entry", "Phase"]
@@ -52,3 +53,10 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What was seen of it last, for the time between a restart and its adoption."""
     grace_s: float = 0.0
     """While STOPPING, RESTARTING or DELETING: what the caller allowed."""
+    restart: RestartPolicy | None = None
+    """What is done when it ends by itself; None for nothing, and for instances found without a journal."""
+    runs: bool = False
+    """Whether it is wanted to run: what ends is started again only then."""
+    by_policy: bool = False
+    """While STARTING: whether it is a restart by its policy, which goes on counting."""
+    restarts: Restarts = Restarts()

@@ -13,6 +13,7 @@ import msgspec
 from hypervisor.core.errors import Internal
 from hypervisor.core.machines import CloudInit, MicrovmOptions, NetworkInterface, SnapshotKind, VmOptions
 from hypervisor.core.resources import GIB, MIB, ZERO, Resources
+from hypervisor.core.restarts import RestartPolicy, Restarts
 from hypervisor.core.states import (
     DesiredState,
     InstanceStatus,
@@ -163,6 +164,7 @@ class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     networks: tuple[NetworkInterface, ...] = ()
     vm: VmOptions | None = None
     microvm: MicrovmOptions | None = None
+    restart: RestartPolicy | None = None
 
     @property
     def resources(self) -> Resources:
@@ -215,6 +217,7 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What it is being given in place of what ``spec`` says, or may have got when nobody could tell any more."""
     images: dict[str, str] = {}
     """The images that ``spec`` names: their ids by name, as they were when it was created."""
+    restarts: Restarts | None = None
     v: int = SCHEMA_VERSION
 
     @property
@@ -303,6 +306,8 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     runtime: str = ""
     runtime_reason: str = ""
     """Why this runtime, where there was a choice."""
+    restarts: Restarts | None = None
+    """Of one with a restart policy that its node knows."""
 
 
 class ConsoleSize(msgspec.Struct, frozen=True):

@@ -19,6 +19,7 @@
       affinity: [app=db@hypervisor/zone]              # required; as a mapping it can be preferred:
       anti_affinity: [{selector: app=web, preferred: true, weight: 50}]
       spread: [app=web@hypervisor/zone]
+      restart: on-failure      # never, always; more in :mod:`.manifest_restart`
 
 What only machines have is in :mod:`.manifest_machine`.
 """
@@ -34,6 +35,7 @@ from hypervisor.core.errors import FieldViolation, InvalidArgument
 from hypervisor.core.names import shorten
 from hypervisor.ctl import quantities
 from hypervisor.ctl.manifest_machine import MACHINE_KEYS, read_machine
+from hypervisor.ctl.manifest_restart import read_restart
 from hypervisor.ctl.selectors import Condition, add_selector, parse_selector, selector_of
 from hypervisor.ctl.terms import affinity_of, spread_of, toleration_of
 from hypervisor.v1.instance_pb2 import (
@@ -66,6 +68,7 @@ _SPEC_KEYS = (
     *("command", "env", "working_dir", "pids_limit", "node_selector", "placement_policy", "node"),
     *("tolerations", "affinity", "anti_affinity", "spread"),
     *MACHINE_KEYS,
+    "restart",
 )
 _TOP_KEYS = ("name", "type", "project", "labels", "desired_state", "spec")
 
@@ -147,11 +150,11 @@ class _Reader:
             if key in _TEXT_FIELDS:
                 setattr(spec, key, self.text(child, path))
             elif key == "cpu_cores":
-                spec.cpu_cores = self._converted(child, path, quantities.cpu_cores, 0.0)
+                spec.cpu_cores = self.converted(child, path, quantities.cpu_cores, 0.0)
             elif key in ("memory_mb", "memory"):
-                spec.memory_mb = self._converted(child, path, quantities.whole_mib, 0)
+                spec.memory_mb = self.converted(child, path, quantities.whole_mib, 0)
             elif key in ("disk_gb", "disk"):
-                spec.disk_gb = self._converted(child, path, quantities.whole_gib, 0)
+                spec.disk_gb = self.converted(child, path, quantities.whole_gib, 0)
             elif key == "pids_limit":
                 spec.pids_limit = self.integer(child, path)
             elif key == "command":
@@ -170,10 +173,12 @@ class _Reader:
                 spec.anti_affinity.extend(self.each(child, path, self._affinity))
             elif key == "spread":
                 spec.spread.extend(self.each(child, path, self._spread))
+            elif key == "restart":
+                read_restart(self, child, path, spec)
             elif key in MACHINE_KEYS:
                 read_machine(self, key, child, path, spec)
             else:
-                add_selector(instance, self._converted(child, path, parse_selector, ()))
+                add_selector(instance, self.converted(child, path, parse_selector, ()))
 
     def each(self, node: yaml.Node, path: str, read: Callable[[yaml.Node, str], Any]) -> list[Any]:
         if not isinstance(node, yaml.SequenceNode):
@@ -182,12 +187,12 @@ class _Reader:
         return [read(child, f"{path}[{number}]") for number, child in enumerate(node.value)]
 
     def _toleration(self, node: yaml.Node, path: str) -> Toleration:
-        return self._converted(node, path, toleration_of, Toleration())
+        return self.converted(node, path, toleration_of, Toleration())
 
     def _affinity(self, node: yaml.Node, path: str) -> AffinityTerm:
         term = AffinityTerm()
         if isinstance(node, yaml.ScalarNode):
-            return self._converted(node, path, affinity_of, term)
+            return self.converted(node, path, affinity_of, term)
         keys = self.mapping(node, path, ("selector", "topology", "preferred", "weight"))
         if "preferred" in keys:
             term.preferred = self.flag(keys["preferred"], f"{path}.preferred")
@@ -197,14 +202,14 @@ class _Reader:
     def _spread(self, node: yaml.Node, path: str) -> SpreadTerm:
         term = SpreadTerm()
         if isinstance(node, yaml.ScalarNode):
-            return self._converted(node, path, spread_of, term)
+            return self.converted(node, path, spread_of, term)
         self._term(self.mapping(node, path, ("selector", "topology", "weight")), path, term)
         return term
 
     def _term(self, keys: dict[str, yaml.Node], path: str, term: AffinityTerm | SpreadTerm) -> None:
         if "selector" in keys:
             none: tuple[Condition, ...] = ()
-            found = self._converted(keys["selector"], f"{path}.selector", parse_selector, none)
+            found = self.converted(keys["selector"], f"{path}.selector", parse_selector, none)
             term.selector.extend(selector_of(found))
         if "topology" in keys:
             term.topology = self.text(keys["topology"], f"{path}.topology")
@@ -287,7 +292,7 @@ class _Reader:
             self.wrong(_line(node), path, f"{shorten(text)} is not one of {', '.join(names)}")
         return names.get(plain, 0)
 
-    def _converted(self, node: yaml.Node, path: str, convert: Callable[[str, str], V], default: V) -> V:
+    def converted(self, node: yaml.Node, path: str, convert: Callable[[str, str], V], default: V) -> V:
         text = self._scalar(node, path, "text or a number")
         if text is None:
             return default

@@ -121,6 +121,7 @@ def _merge(instance: Instance, seen: Observation, *, now: datetime) -> Instance 
         finished_at=None if running else seen.finished_at or instance.finished_at,
         runtime=seen.runtime or instance.runtime,
         runtime_reason=seen.runtime_reason if seen.runtime else instance.runtime_reason,
+        restarts=seen.restarts or instance.restarts,
     )
     if merged == instance:
         return None

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from hypervisor.core import machines, states
+from hypervisor.core import machines, restarts, states
 from hypervisor.core.errors import InvalidArgument
 from hypervisor.core.images import ImageKind, ImageState
 from hypervisor.v1 import image_pb2, instance_pb2, node_pb2, operation_pb2
@@ -24,6 +24,7 @@ __all__ = [
     "NODE_STATUS",
     "OPERATION_STATE",
     "PLACEMENT_POLICY",
+    "RESTART_CONDITION",
     "SNAPSHOT_KIND",
     "TAINT_EFFECT",
     "TOLERATION_OPERATOR",
@@ -78,3 +79,4 @@ VMM = EnumMap(machines.VmmChoice, instance_pb2.Vmm, "VMM")
 SNAPSHOT_KIND = EnumMap(machines.SnapshotKind, instance_pb2.SnapshotKind, "SNAPSHOT_KIND")
 IMAGE_KIND = EnumMap(ImageKind, image_pb2.ImageKind, "IMAGE_KIND")
 IMAGE_STATE = EnumMap(ImageState, image_pb2.ImageState, "IMAGE_STATE")
+RESTART_CONDITION = EnumMap(restarts.RestartCondition, instance_pb2.RestartCondition, "RESTART_CONDITION")

@@ -26,6 +26,7 @@ from hypervisor.wire.machines import (
     vm_from_wire,
     vm_to_wire,
 )
+from hypervisor.wire.restarts import policy_from_wire, policy_to_wire, restarts_from_wire, restarts_to_wire
 from hypervisor.wire.stats import stats_to_wire
 from hypervisor.wire.times import datetime_of, timestamp_of
 
@@ -63,6 +64,7 @@ def spec_to_wire(spec: InstanceSpec) -> instance_pb2.InstanceSpec:
         networks=map(network_to_wire, spec.networks),
         vm=vm_to_wire(spec.vm),
         microvm=microvm_to_wire(spec.microvm),
+        restart=policy_to_wire(spec.restart),
     )
 
 
@@ -91,6 +93,7 @@ def spec_from_wire(spec: instance_pb2.InstanceSpec) -> InstanceSpec:
         networks=tuple(map(network_from_wire, spec.networks)),
         vm=vm_from_wire(spec),
         microvm=microvm_from_wire(spec),
+        restart=policy_from_wire(spec),
     )
 
 
@@ -122,6 +125,7 @@ def instance_to_wire(
         runtime_reason=instance.runtime_reason,
         updated_at=timestamp_of(instance.updated_at),
         placement=None if instance.placement is None else record_to_wire(instance.placement),
+        restarts=restarts_to_wire(instance.restarts),
     )
     if instance.exit_code is not None:
         message.exit_code = instance.exit_code
@@ -143,6 +147,7 @@ def observation_to_wire(seen: Observation) -> cluster_pb2.InstanceObservation:
         sequence=seen.sequence,
         runtime=seen.runtime,
         runtime_reason=seen.runtime_reason,
+        restarts=restarts_to_wire(seen.restarts),
     )
     if seen.exit_code is not None:
         message.exit_code = seen.exit_code
@@ -168,4 +173,5 @@ def observation_from_wire(seen: cluster_pb2.InstanceObservation) -> Observation:
         finished_at=datetime_of(seen.finished_at),
         runtime=seen.runtime,
         runtime_reason=seen.runtime_reason,
+        restarts=restarts_from_wire(seen.restarts) if seen.HasField("restarts") else None,
     )

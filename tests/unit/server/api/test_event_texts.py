@@ -5,6 +5,7 @@ from msgspec import structs
 
 from hvtest_seed import seeded_instance
 from hypervisor.core.model import DriverInfo, ErrorRecord, Node, OperationRecord, Taint
+from hypervisor.core.restarts import Restarts
 from hypervisor.core.states import (
     DesiredState,
     InstanceStatus,
@@ -42,6 +43,21 @@ def test_an_instance_is_followed_from_its_creation_to_its_end() -> None:
     assert describe_instance(stopped, RUNNING) == ("RUNNING", "instance web-00001 is running")
     assert describe_instance(RUNNING, killed) == ("OOM_KILLED", "instance web-00001: it used up its memory")
     assert describe_instance(RUNNING, None) == ("DELETED", "instance web-00001 was deleted")
+
+
+def test_a_restart_by_policy_is_told_with_its_cause_and_count() -> None:
+    waiting = structs.replace(
+        RUNNING, status=InstanceStatus.FAILED, status_reason="BACKOFF", restarts=Restarts(count=1, total=4)
+    )
+    again = structs.replace(
+        RUNNING, restarts=Restarts(count=2, total=5, last_reason="EXITED", last_exit_code=3)
+    )
+
+    assert describe_instance(waiting, again) == (
+        "RESTARTED",
+        "instance web-00001 was started again by its policy (EXITED; 2 in a row)",
+    )
+    assert describe_instance(again, structs.replace(again, labels={"a": "b"}))[0] == "UPDATED"
 
 
 @pytest.mark.parametrize("status", list(InstanceStatus))

@@ -29,6 +29,13 @@ __all__ = ["Actions", "lost", "took_place"]
 
 _ASK_AGAIN = 5
 """How often to ask a driver anew when an event overtook its answer."""
+_RUNS_AFTER = {
+    Phase.STARTING: True,
+    Phase.RESTARTING: True,
+    Phase.STOPPING: False,
+    Phase.DELETING: False,
+}
+"""Whether an instance is wanted to run once what its phase says is done; of a create the entry tells."""
 _DOING = {
     Phase.CREATING: InstanceStatus.CREATING,
     Phase.STARTING: InstanceStatus.CREATING,
@@ -66,6 +73,7 @@ class Actions:
             project=assignment.project,
             type=assignment.type,
             start=start,
+            restart=assignment.spec.restart,
         )
         await self._instances.journal.put(entry)
         slot.entry = entry
@@ -75,6 +83,15 @@ class Actions:
         """Start it; one that runs is left alone."""
         driver = self._drivers.named(entry.driver)
         return await self._change(slot, entry, Phase.STARTING, lambda: driver.start(slot.instance_id))
+
+    async def start_again(self, slot: Slot, entry: Entry) -> Observation:
+        """Start what ended by itself, as its restart policy says. Nobody waits for it: it is reported."""
+        began = msgspec.structs.replace(
+            entry, by_policy=True, restarts=entry.restarts.begun(self._instances.clock.now())
+        )
+        seen = await self.start(slot, began)
+        self._instances.announce(slot)
+        return seen
 
     async def stop(self, slot: Slot, entry: Entry, *, grace_s: float) -> Observation:
         """Stop it; one that does not run is left alone."""
@@ -119,26 +136,35 @@ class Actions:
         return existed
 
     async def ask(
-        self, slot: Slot, entry: Entry, ask: Callable[[GuardedDriver], Awaitable[object]]
+        self,
+        slot: Slot,
+        entry: Entry,
+        ask: Callable[[GuardedDriver], Awaitable[object]],
+        *,
+        runs: Callable[[Observation], bool] | None = None,
     ) -> Observation:
         """Have the driver do something that needs no end of its own: whoever asked for it asks again, and finds it done
         or has it done. Returns how the instance is afterwards.
 
         Nothing of it is in the journal: it moves no instance between running and resting by halves that only the
-        journal could tell apart.
+        journal could tell apart. ``runs``: whether the instance is wanted to run afterwards; None: as before.
         """
         driver = self._drivers.named(entry.driver)
         asked_at = self._instances.book.events_of(slot.instance_id)
-        slot.busy = True
+        slot.busy = slot.changing = True
         try:
             seen = await ask(driver)
             known = seen if isinstance(seen, Observation) else None
+            if runs is not None and known is not None:
+                self._decide(slot, runs=runs(known))
+            slot.changing = False
             return await self._truth(slot, driver, known, asked_at=asked_at)
         except HypervisorError:
+            slot.changing = False
             await self._give_up(slot, self._instances.book.newest(slot.instance_id))
             raise
         finally:
-            slot.busy = False
+            slot.busy = slot.changing = False
 
     async def look(self, slot: Slot, entry: Entry) -> Observation:
         """As its driver shows it now."""
@@ -322,7 +348,7 @@ class Actions:
 
     async def _give_up(self, slot: Slot, before: Observation | None) -> None:
         """After a failed action: the entry is settled, the observation what the driver shows, if it still talks."""
-        self._ready(slot)
+        self._ready(slot, failed=True)
         entry = slot.entry
         assert entry is not None
         try:
@@ -351,9 +377,15 @@ class Actions:
         slot.busy = True
         return self._instances.mark(slot, _DOING[phase])
 
-    def _ready(self, slot: Slot) -> None:
+    def _ready(self, slot: Slot, *, failed: bool = False) -> None:
+        """The action of the entry's phase has ended. ``failed``: without effect; what was wanted before still is, but
+        what was to be deleted is not wanted to run."""
         entry = slot.entry
         assert entry is not None
+        keeps = failed and entry.phase is not Phase.DELETING
+        runs = entry.runs if keeps else _RUNS_AFTER.get(entry.phase, entry.start)
+        # What somebody asked for decides about every end before it.
+        asked_for = entry.phase in _RUNS_AFTER and not entry.by_policy and not failed
         slot.entry = msgspec.structs.replace(
             entry,
             phase=Phase.READY,
@@ -361,7 +393,17 @@ class Actions:
             start=False,
             grace_s=0.0,
             since=self._instances.clock.now(),
+            runs=runs,
+            by_policy=False,
+            restarts=entry.restarts.cancelled() if asked_for else entry.restarts,
         )
+        self._instances.journal.put_soon(slot.entry)
+
+    def _decide(self, slot: Slot, *, runs: bool) -> None:
+        """Whether it is wanted to run from now on."""
+        entry = slot.entry
+        assert entry is not None
+        slot.entry = msgspec.structs.replace(entry, runs=runs, restarts=entry.restarts.cancelled())
         self._instances.journal.put_soon(slot.entry)
 
 

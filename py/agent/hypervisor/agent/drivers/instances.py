@@ -1,14 +1,17 @@
 """What this node has: one slot an instance with its lock, its journalled entry and its newest observation."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+import random
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Protocol
 
 import msgspec
 
 from hypervisor.agent.drivers.observed import ObservationBook
+from hypervisor.agent.drivers.restart_rules import judge
 from hypervisor.agent.entries import Entry, Phase
 from hypervisor.agent.journal import Journal
 from hypervisor.agent.journal_file import TOMBSTONES
@@ -52,22 +55,36 @@ class Slot:
     adopted: bool = True
     """False after a restart until the driver has answered for it."""
     users: int = 0
+    changing: bool = False
+    """While its driver does what may end its run on the way: such an end is not judged by its restart policy."""
 
 
 class LocalInstances:
     """All slots, and the only place where their state is changed. On the event loop; no locks but the slots' own."""
 
     def __init__(
-        self, *, journal: Journal, book: ObservationBook, clock: Clock, listener: InstanceListener
+        self,
+        *,
+        journal: Journal,
+        book: ObservationBook,
+        clock: Clock,
+        listener: InstanceListener,
+        rng: random.Random,
     ) -> None:
         self.journal = journal
         self.book = book
         self.clock = clock
         self._listener = listener
+        self._rng = rng
+        self._restart_due: Callable[[str, datetime], None] = lambda _instance_id, _at: None
         self._slots: dict[str, Slot] = {}
         self._epochs_gone = dict(journal.epochs_gone)
         for entry in journal.entries.values():
             self._slots[entry.instance_id] = Slot(entry.instance_id, entry=entry, adopted=False)
+
+    def on_restart_due(self, tell: Callable[[str, datetime], None]) -> None:
+        """Who is told, again and again, that an instance is to be started again, and when."""
+        self._restart_due = tell
 
     def slots(self) -> Iterator[Slot]:
         """Slots that hold an instance, as of now."""
@@ -217,10 +234,15 @@ class LocalInstances:
         entry = slot.entry
         assert entry is not None
         seen = msgspec.structs.replace(seen, generation=entry.generation, epoch=entry.epoch)
+        if not slot.changing:
+            entry, seen = judge(entry, seen, now=self.clock.now(), rng=self._rng)
+            slot.entry = entry
         kept, new = self.book.event(seen) if event else self.book.record(seen)
         if new:
             if entry.phase is Phase.READY:
                 slot.entry = msgspec.structs.replace(entry, last=kept)
                 self.journal.put_soon(slot.entry)
             self._listener.observed(kept, driver=entry.driver, answered=answered)
+        if entry.restarts.next_at is not None:
+            self._restart_due(entry.instance_id, entry.restarts.next_at)
         return kept

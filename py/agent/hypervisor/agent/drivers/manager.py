@@ -21,6 +21,7 @@ from hypervisor.agent.drivers.guard import GuardedDriver
 from hypervisor.agent.drivers.health import DriverHealth
 from hypervisor.agent.drivers.instances import InstanceRef, LocalInstances, Slot
 from hypervisor.agent.drivers.recovery import Recovery
+from hypervisor.agent.drivers.restarting import Restarter
 from hypervisor.agent.entries import Entry, Phase
 from hypervisor.agent.images.providing import ImageProvider
 from hypervisor.agent.stats.sources import StatsSource
@@ -29,7 +30,7 @@ from hypervisor.core.errors import HypervisorError, Internal, NotFound, Unavaila
 from hypervisor.core.machines import Snapshot, SnapshotKind
 from hypervisor.core.model import Observation, Sizes
 from hypervisor.core.retry import Backoff
-from hypervisor.core.states import InstanceStatus
+from hypervisor.core.states import ACTIVE, InstanceStatus
 
 __all__ = ["Manager"]
 
@@ -60,6 +61,7 @@ class Manager:
         self._rng = rng
         self._actions = Actions(instances=instances, drivers=drivers, images=images)
         self._recovery = Recovery(instances=instances, drivers=drivers, actions=self._actions)
+        self._restarter = Restarter(instances=instances, drivers=drivers, actions=self._actions, clock=clock)
         self._group: asyncio.TaskGroup | None = None
         self._ready = asyncio.Event()
         self._wake_settler = asyncio.Event()
@@ -70,6 +72,7 @@ class Manager:
         await self._drivers.check_all()
         try:
             async with asyncio.TaskGroup() as group:
+                self._restarter.group = group
                 for name in self._drivers.names:
                     if self._drivers.available(name):
                         await self._recovery.adopt(name)
@@ -79,7 +82,7 @@ class Manager:
                 group.create_task(self._settle_for_ever(group))
                 self._ready.set()
         finally:
-            self._group = None
+            self._group = self._restarter.group = None
             self._ready.clear()
 
     async def ready(self) -> None:
@@ -164,7 +167,9 @@ class Manager:
 
     async def suspend(self, ref: InstanceRef) -> Observation:
         """Put its memory on disk and end it; one that is suspended is left alone."""
-        return await self._ask(ref, "suspend", lambda driver: driver.suspend(ref.instance_id))
+        return await self._ask(
+            ref, "suspend", lambda driver: driver.suspend(ref.instance_id), runs=lambda _seen: False
+        )
 
     async def create_snapshot(self, ref: InstanceRef, name: str, *, kind: SnapshotKind) -> Observation:
         """Keep its present state; one that is kept under that name is left alone."""
@@ -182,7 +187,12 @@ class Manager:
 
     async def restore_snapshot(self, ref: InstanceRef, name: str) -> Observation:
         """Go back to what was kept."""
-        return await self._ask(ref, "snapshot", lambda driver: driver.restore_snapshot(ref.instance_id, name))
+        return await self._ask(
+            ref,
+            "snapshot",
+            lambda driver: driver.restore_snapshot(ref.instance_id, name),
+            runs=lambda seen: seen.status in ACTIVE,
+        )
 
     async def delete_snapshot(self, ref: InstanceRef, name: str) -> Observation:
         """Forget what was kept; one that is not there is no error."""
@@ -233,11 +243,16 @@ class Manager:
     # -- the rules ---------------------------------------------------------------------------------------------
 
     async def _ask(
-        self, ref: InstanceRef, verb: str, ask: Callable[[GuardedDriver], Awaitable[object]]
+        self,
+        ref: InstanceRef,
+        verb: str,
+        ask: Callable[[GuardedDriver], Awaitable[object]],
+        *,
+        runs: Callable[[Observation], bool] | None = None,
     ) -> Observation:
         async def work(slot: Slot) -> Observation:
             entry = await self._settled(slot, ref, verb)
-            return await self._actions.ask(slot, entry, ask)
+            return await self._actions.ask(slot, entry, ask, runs=runs)
 
         return await self._act(ref.instance_id, work)
 

@@ -83,9 +83,10 @@ class Recovery:
             return
         slot.adopted = True
         if seen is not None:
+            # Settled first: of one in the midst of an action no end is judged by its restart policy.
+            self._actions.settle_by(slot, seen)
             if self._instances.book.events_of(entry.instance_id) == asked_at:
                 self._instances.record(slot, seen, answered=False)
-            self._actions.settle_by(slot, seen)
             _log.info("instance_adopted", instance=entry.instance_id, status=str(seen.status))
         elif entry.phase in (Phase.CREATING, Phase.UNDOING, Phase.DELETING):
             pass  # Nothing of it is what these may well find; settling goes on from there.

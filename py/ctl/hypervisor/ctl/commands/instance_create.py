@@ -15,6 +15,7 @@ from hypervisor.ctl.bulk import Task, run_tasks, told
 from hypervisor.ctl.display.table import harmless
 from hypervisor.ctl.invocation import Invocation, pass_invocation
 from hypervisor.ctl.machine_options import MACHINE_OPTIONS, add_machine_options, machine_options
+from hypervisor.ctl.manifest_restart import CONDITIONS, condition_of
 from hypervisor.ctl.options import NAME, connected, formatted, project_option, waiting
 from hypervisor.ctl.terms import affinity_of, spread_of, toleration_of
 from hypervisor.v1.compute_pb2 import CreateInstanceRequest
@@ -53,6 +54,8 @@ _DESCRIBING = frozenset(
         "anti_affinity",
         "spread",
         "stopped",
+        "restart",
+        "max_restarts",
     }
     | MACHINE_OPTIONS
 )
@@ -122,6 +125,17 @@ _DESCRIBING = frozenset(
     multiple=True,
     help="Rather where few instances with these labels are: by zone, or by another LABEL of nodes; repeatable.",
 )
+@click.option(
+    "--restart",
+    type=click.Choice(CONDITIONS),
+    help="Start it again when it ends by itself: after failures only, or always. Default: never.",
+)
+@click.option(
+    "--max-restarts",
+    metavar="N",
+    type=click.IntRange(1, 1_000_000),
+    help="Most restarts in a row. Default: no limit.",
+)
 @click.option("--stopped", is_flag=True, help="Make it and leave it stopped.")
 @click.option("--dry-run", is_flag=True, help="Check everything and choose a node, but make nothing.")
 @waiting
@@ -154,6 +168,8 @@ def create(
     affinity: Sequence[str],
     anti_affinity: Sequence[str],
     spread: Sequence[str],
+    restart: str | None,
+    max_restarts: int | None,
     stopped: bool,
     dry_run: bool,
     wait: bool,
@@ -206,6 +222,10 @@ def create(
         spec.anti_affinity.extend(collected.each(partial(affinity_of, "spec.anti_affinity"), anti_affinity))
         spec.spread.extend(collected.each(partial(spread_of, "spec.spread"), spread))
         collected.take(partial(add_machine_options, instance, machine), None)
+        if restart is not None:
+            spec.restart.condition = condition_of("spec.restart.condition", restart)
+        if max_restarts is not None:
+            spec.restart.max_restarts = max_restarts
         if stopped:
             instance.desired_state = DesiredState.DESIRED_STATE_STOPPED
         collected.raise_any()

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from google.protobuf.timestamp_pb2 import Timestamp
 
     from hypervisor.v1.image_pb2 import Image
-    from hypervisor.v1.instance_pb2 import Instance, Toleration
+    from hypervisor.v1.instance_pb2 import Instance, InstanceSpec, Toleration
     from hypervisor.v1.node_pb2 import DriverInfo, Node, Taint
     from hypervisor.v1.operation_pb2 import Operation
 
@@ -25,6 +25,8 @@ __all__ = [
     "node_status",
     "operation_outcome",
     "placements",
+    "restart_policy",
+    "restarts",
     "since",
     "span",
     "taint",
@@ -82,7 +84,8 @@ def instance_status(instance: "Instance") -> str:
     from hypervisor.v1.instance_pb2 import InstanceStatus
 
     status = enum_name(InstanceStatus.Name(instance.status), "INSTANCE_STATUS_")
-    if instance.status in (InstanceStatus.INSTANCE_STATUS_FAILED, InstanceStatus.INSTANCE_STATUS_UNKNOWN):
+    told = (InstanceStatus.INSTANCE_STATUS_FAILED, InstanceStatus.INSTANCE_STATUS_UNKNOWN)
+    if instance.status in told or instance.restarts.HasField("next_at"):
         return f"{status} ({instance.status_reason})" if instance.status_reason else status
     return status
 
@@ -98,6 +101,37 @@ def image_state(image: "Image") -> str:
 def exit_of(instance: "Instance") -> str:
     """The exit code of the last run."""
     return str(instance.exit_code) if instance.HasField("exit_code") else ""
+
+
+def restart_policy(spec: "InstanceSpec") -> str:
+    """After which ends it is started again, and how."""
+    from hypervisor.v1.instance_pb2 import RestartCondition
+
+    policy = spec.restart
+    if not policy.condition:
+        return ""
+    condition = enum_name(RestartCondition.Name(policy.condition), "RESTART_CONDITION_").replace("_", "-")
+    most = f"at most {policy.max_restarts} in a row, " if policy.HasField("max_restarts") else ""
+    first, last = policy.initial_delay.ToNanoseconds() / 1e9, policy.max_delay.ToNanoseconds() / 1e9
+    return f"{condition}: {most}after {first:g}s to {last:g}s"
+
+
+def restarts(instance: "Instance", now_s: float) -> str:
+    """What the policy has done, and what comes next."""
+    done = instance.restarts
+    if not instance.HasField("restarts"):
+        return ""
+    parts = [f"{done.count} in a row, {done.total} in all"]
+    if done.total:
+        parts.append(f"the last {since(done.last_at, now_s)} ago")
+    if done.last_reason:
+        code = f" with exit code {done.last_exit_code}" if done.HasField("last_exit_code") else ""
+        parts.append(f"last end: {done.last_reason}{code}")
+    if done.HasField("next_at"):
+        parts.append(f"the next is due at {done.next_at.ToJsonString()}")
+    if done.exhausted:
+        parts.append("no more are allowed")
+    return "; ".join(parts)
 
 
 def node_status(node: "Node") -> str:

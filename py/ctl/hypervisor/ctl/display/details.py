@@ -106,6 +106,8 @@ def instance_details(instance: "Instance", *, node: "Node | None", now_s: float)
             ("Message", instance.status_message),
             ("Wanted", cells.enum_name(DesiredState.Name(instance.desired_state), "DESIRED_STATE_")),
             ("Exit code", cells.exit_of(instance)),
+            ("Restart policy", cells.restart_policy(spec)),
+            ("Restarts", cells.restarts(instance, now_s)),
             ("Node", f"{node.hostname} ({instance.node_id})" if node is not None else instance.node_id),
             ("Runtime", instance.runtime),
             ("Chosen because", instance.runtime_reason),

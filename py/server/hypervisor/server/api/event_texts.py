@@ -3,7 +3,7 @@
 from datetime import datetime
 
 from hypervisor.core.model import Instance, Node, OperationRecord
-from hypervisor.core.states import NodeStatus, OperationState
+from hypervisor.core.states import InstanceStatus, NodeStatus, OperationState
 
 __all__ = ["describe_instance", "describe_node", "describe_operation", "recorded_at"]
 
@@ -31,6 +31,13 @@ def describe_instance(previous: Instance | None, current: Instance | None) -> Te
         return "DELETED", f"instance {name} was deleted"
     if previous is None:
         return "CREATED", f"instance {current.name} was created"
+    if _started_again(previous, current):
+        assert current.restarts is not None
+        ended = current.restarts.last_reason or "it ended"
+        return (
+            "RESTARTED",
+            f"instance {current.name} was started again by its policy ({ended}; {current.restarts.count} in a row)",
+        )
     if previous.status is not current.status or previous.status_reason != current.status_reason:
         reason = current.status_reason or current.status.name
         if current.status_message:
@@ -43,6 +50,15 @@ def describe_instance(previous: Instance | None, current: Instance | None) -> Te
     if previous.spec != current.spec:
         return "SPEC_CHANGED", f"the specification of instance {current.name} was changed"
     return "UPDATED", f"instance {current.name} was updated"
+
+
+def _started_again(previous: Instance, current: Instance) -> bool:
+    before = 0 if previous.restarts is None else previous.restarts.total
+    return (
+        current.status is InstanceStatus.RUNNING
+        and current.restarts is not None
+        and current.restarts.total > before
+    )
 
 
 def describe_node(previous: Node | None, current: Node | None) -> Text:
