@@ -45,7 +45,7 @@ def of_server() -> dict[str, str]:
     metrics.about(server_id="s-1", version="1", store="sqlite")
     cluster = EmptyCluster()
     view: ClusterView = cluster  # type: ignore[assignment]
-    metrics.watch_cluster(view, cluster, usage=lambda _: None, leading=lambda: True)
+    metrics.watch_cluster(view, cluster, usage=lambda _: None, leading=lambda: True, orphans=lambda: 0)
     metrics.observer("GetNode")("OK", 0.1)
     return exposed(metrics.text().decode())
 

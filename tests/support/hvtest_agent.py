@@ -37,7 +37,8 @@ class MemoryAgent:
     ``unreachable``  every call fails as if the network were cut
     ``failures``     error of the next call of a verb (once)
     ``gates``        calls of a verb wait for this event first
-    ``calls``        (verb, instance id) in the order they arrived
+    ``calls``        (verb, instance id) in the order they arrived, but for those of list
+    ``looks``        how often it was asked for all it has
     ``images``       what each create was told of images, by instance id
     """
 
@@ -46,6 +47,7 @@ class MemoryAgent:
     failures: dict[str, HypervisorError] = field(default_factory=dict)
     gates: dict[str, asyncio.Event] = field(default_factory=dict)
     calls: list[tuple[str, str]] = field(default_factory=list)
+    looks: int = 0
     held: dict[str, _Held] = field(default_factory=dict)
     exits_at_once: int | None = None
     images: dict[str, tuple[ImageSource, ...]] = field(default_factory=dict)
@@ -120,6 +122,13 @@ class MemoryAgent:
         async with self._serve("delete", instance.id, context):
             return self.held.pop(instance.id, None) is not None
 
+    async def delete_copy(self, seen: Observation, context: CallContext) -> bool:
+        async with self._serve("delete_copy", seen.instance_id, context):
+            known = self.held.get(seen.instance_id)
+            if known is not None and known.instance.epoch > seen.epoch:
+                raise FailedPrecondition("older epoch", reason="STALE_EPOCH")
+            return self.held.pop(seen.instance_id, None) is not None
+
     async def list(self, context: CallContext) -> tuple[Observation, ...]:
         async with self._serve("list", "", context):
             return tuple(self.observe(instance_id) for instance_id in self.held)
@@ -178,7 +187,10 @@ class _Serving:
 
     async def __aenter__(self) -> None:
         agent = self._agent
-        agent.calls.append((self._verb, self._instance_id))
+        if self._verb == "list":
+            agent.looks += 1
+        else:
+            agent.calls.append((self._verb, self._instance_id))
         if agent.unreachable:
             raise _cut_off(agent.hostname)
         try:

@@ -30,6 +30,7 @@ from hypervisor.server.agents import Agents
 from hypervisor.server.control_plane import ControlPlane, ControlPlaneSettings, ImageSettings
 from hypervisor.server.executor import ExecutorSettings
 from hypervisor.server.reconcile.loop import ReconcilerSettings
+from hypervisor.server.reconcile.node_loop import NodeReconcilerSettings
 from hypervisor.server.scheduler.default import DefaultScheduler
 from hypervisor.server.services import (
     Caller,
@@ -70,7 +71,12 @@ def settings(server_id: str = "s-1") -> ControlPlaneSettings:
         executor=ExecutorSettings(
             create_s=20.0, cleanup_s=1.0, slow_s=0.1, backoff=Backoff(initial_s=0.02, maximum_s=0.1)
         ),
-        reconciler=ReconcilerSettings(interval_s=0.1, leader_ttl_s=1.0, retry_s=0.05),
+        reconciler=ReconcilerSettings(
+            interval_s=0.1,
+            leader_ttl_s=1.0,
+            retry_s=0.05,
+            nodes=NodeReconcilerSettings(interval_s=0.5, orphan_grace_s=0.5, again_s=0.1, timeout_s=2.0),
+        ),
     )
 
 

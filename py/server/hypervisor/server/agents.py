@@ -106,6 +106,10 @@ class Agent(Protocol):
         """Remove it and all it used; returns whether there was anything."""
         ...
 
+    async def delete_copy(self, seen: Observation, context: CallContext) -> bool:
+        """Remove exactly the copy that was seen; a newer one stays (``FailedPrecondition``, ``STALE_EPOCH``)."""
+        ...
+
     async def update(self, instance: Instance, context: CallContext, *, sizes: Sizes) -> Observation:
         """Give it more or less of its node. ``FailedPrecondition`` (``UPDATE_REFUSED``) where that cannot be done while
         it runs; nothing has changed then."""

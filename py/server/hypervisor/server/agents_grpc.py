@@ -94,6 +94,11 @@ class GrpcAgent:
         reply = await self._call(self._stub.DeleteInstance, request, context)
         return reply.existed
 
+    async def delete_copy(self, seen: Observation, context: CallContext) -> bool:
+        ref = agent_pb2.InstanceRef(id=seen.instance_id, generation=seen.generation, epoch=seen.epoch)
+        request = agent_pb2.DeleteInstanceRequest(ref=ref)
+        return (await self._call(self._stub.DeleteInstance, request, context)).existed
+
     async def update(self, instance: Instance, context: CallContext, *, sizes: Sizes) -> Observation:
         request = agent_pb2.UpdateInstanceRequest(
             ref=_ref(instance), cpu_cores=cores(sizes.cpu_millis), memory_mb=sizes.memory_mb

@@ -29,6 +29,7 @@ from hypervisor.server.control_plane import ControlPlane, ControlPlaneSettings, 
 from hypervisor.server.gateway.http import HttpGateway
 from hypervisor.server.gateway.metrics import Metrics
 from hypervisor.server.reconcile.loop import ReconcilerSettings
+from hypervisor.server.reconcile.node_loop import NodeReconcilerSettings
 from hypervisor.server.scheduler.registry import load_scheduler
 from hypervisor.server.services import ClusterChange, HeartbeatTimes, Kind
 from hypervisor.server.store.open import open_storage
@@ -112,14 +113,23 @@ async def run_server(
                 scheduler_seed=settings.scheduler.seed,
                 allocation=settings.scheduler.allocation_rules(),
                 penalty_half_life_s=settings.scheduler.penalty_half_life,
-                reconciler=ReconcilerSettings(retention_s=settings.operations.retention),
+                reconciler=ReconcilerSettings(
+                    retention_s=settings.operations.retention,
+                    nodes=NodeReconcilerSettings(
+                        interval_s=settings.reconcile.interval, orphan_grace_s=settings.reconcile.orphan_grace
+                    ),
+                ),
             ),
         )
         plane.view.add_listener(_channel_closer(plane, pool))
         dispatcher = Dispatcher(authenticator=authenticator, metrics=metrics, new_id=new_id)
         metrics.about(server_id=server_id, version=version, store=settings.store.backend.value)
         metrics.watch_cluster(
-            plane.view, dispatcher, usage=plane.nodes.usage, leading=lambda: plane.reconciler.leading
+            plane.view,
+            dispatcher,
+            usage=plane.nodes.usage,
+            leading=lambda: plane.reconciler.leading,
+            orphans=lambda: plane.node_reconciler.orphans,
         )
         plane.committer.on_commit(metrics.committed)
         Api(

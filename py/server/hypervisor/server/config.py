@@ -273,6 +273,22 @@ class OperationsSection(Section):
     )
 
 
+class ReconcileSection(Section):
+    """Comparing what nodes have with what the records want of them."""
+
+    interval: Duration = pydantic.Field(
+        default=60.0,
+        ge=1,
+        description="How often each node is asked for all it has, besides when its agent registers.",
+    )
+    orphan_grace: Duration = pydantic.Field(
+        default=600.0,
+        ge=0,
+        description="How long an instance on a node is left alone of which there is no record at all, before it is "
+        "deleted. Raise it before the store is restored from a backup.",
+    )
+
+
 class AgentsSection(Section):
     """Calls from this server to the agents."""
 
@@ -385,6 +401,7 @@ class ServerSettings(Settings):
     heartbeat: HeartbeatSection = HeartbeatSection()
     scheduler: SchedulerSection = SchedulerSection()
     operations: OperationsSection = OperationsSection()
+    reconcile: ReconcileSection = ReconcileSection()
     agents: AgentsSection = AgentsSection()
     tls: TlsSection = TlsSection()
     auth: AuthSection = AuthSection()

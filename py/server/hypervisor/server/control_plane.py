@@ -30,6 +30,7 @@ from hypervisor.server.operations import OperationService, Waiters
 from hypervisor.server.placement import Placer
 from hypervisor.server.placement_health import PlacementHealth
 from hypervisor.server.reconcile.loop import Reconciler, ReconcilerSettings
+from hypervisor.server.reconcile.node_loop import NodeReconciler
 from hypervisor.server.scheduler.contract import Scheduler
 from hypervisor.server.services import HeartbeatTimes, Instances, Nodes, Operations
 from hypervisor.server.store.storage import Storage
@@ -179,12 +180,23 @@ class ControlPlane:
             new_id=new_id,
             ttl_s=settings.server_ttl_s,
         )
+        self.node_reconciler = NodeReconciler(
+            storage,
+            self.view,
+            self.committer,
+            self.executor,
+            operations,
+            agents,
+            clock,
+            rules=settings.allocation,
+            settings=settings.reconciler.nodes,
+        )
         self.reconciler = Reconciler(
             storage,
             self.view,
             self.committer,
             self.executor,
-            agents,
+            self.node_reconciler,
             clock,
             server_id=server_id,
             settings=settings.reconciler,

@@ -68,7 +68,7 @@ class ExecutorSettings:
     def time_for(self, verb: str, grace_s: float | None) -> float:
         """How long an operation may take from its acceptance."""
         match verb:
-            case "create" | "suspend" | "create-snapshot" | "restore-snapshot":
+            case "create" | "recreate" | "suspend" | "create-snapshot" | "restore-snapshot":
                 # All of these may move as much data as a disk or a memory holds.
                 base = self.create_s
             case "start":
@@ -422,7 +422,7 @@ async def _call(
 ) -> Observation | bool:
     grace_s = operation.grace_period_s or 0.0
     match operation.verb:
-        case "create":
+        case "create" | "recreate" | "adopt":
             start = instance.desired is DesiredState.RUNNING
             return await agent.create(instance, context, start=start, images=images(instance))
         case "start":

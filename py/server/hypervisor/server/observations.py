@@ -39,7 +39,11 @@ def fold(
         return None
     if instance.operation_id and seen.status not in _ENDED:
         return None
-    return _merge(instance, seen, now=now)
+    merged = _merge(instance, seen, now=now)
+    if merged is None and authoritative and seen.sequence < instance.observed_sequence:
+        # An agent without its journal counts from the beginning: what it sees from now on is newer.
+        return structs.replace(instance, observed_sequence=seen.sequence)
+    return merged
 
 
 def settle(instance: Instance, reply: Observation, *, now: datetime) -> Instance:

@@ -40,7 +40,12 @@ _WANTED = {
     InstanceStatus.PAUSED: DesiredState.PAUSED,
     InstanceStatus.STOPPED: DesiredState.STOPPED,
 }
-_FAILED_REASONS = {"start": "START_FAILED", "restart": "RESTART_FAILED", "delete": "DELETE_FAILED"}
+_FAILED_REASONS = {
+    "start": "START_FAILED",
+    "restart": "RESTART_FAILED",
+    "delete": "DELETE_FAILED",
+    "recreate": "LOST",
+}
 
 
 def unclear(error: HypervisorError) -> bool:

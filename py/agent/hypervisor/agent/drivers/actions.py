@@ -166,6 +166,20 @@ class Actions:
         finally:
             slot.busy = slot.changing = False
 
+    def identify(self, slot: Slot, entry: Entry, assignment: Assignment, *, start: bool) -> Entry:
+        """Take in what an instance is that was found without a journal."""
+        known = msgspec.structs.replace(
+            entry,
+            name=assignment.name,
+            project=assignment.project,
+            type=assignment.type,
+            restart=assignment.spec.restart,
+            runs=start,
+        )
+        slot.entry = known
+        self._instances.journal.put_soon(known)
+        return known
+
     async def look(self, slot: Slot, entry: Entry) -> Observation:
         """As its driver shows it now."""
         return await self._truth(slot, self._drivers.named(entry.driver), None, asked_at=-1)

@@ -62,6 +62,8 @@ class Manager:
         self._actions = Actions(instances=instances, drivers=drivers, images=images)
         self._recovery = Recovery(instances=instances, drivers=drivers, actions=self._actions)
         self._restarter = Restarter(instances=instances, drivers=drivers, actions=self._actions, clock=clock)
+        self._told: set[str] = set()
+        """Drivers that have told all they have since the agent's start."""
         self._group: asyncio.TaskGroup | None = None
         self._ready = asyncio.Event()
         self._wake_settler = asyncio.Event()
@@ -75,7 +77,7 @@ class Manager:
                 self._restarter.group = group
                 for name in self._drivers.names:
                     if self._drivers.available(name):
-                        await self._recovery.adopt(name)
+                        await self._adopt(name)
                 self._group = group
                 for name in self._drivers.names:
                     group.create_task(self._consume_events(self._drivers.named(name)))
@@ -103,7 +105,7 @@ class Manager:
                 self._actions.renew_sources(slot, assignment)
                 await self._actions.settle(slot)
             if slot.entry is not None:
-                return await self._create_again(slot, ref, start=start)
+                return await self._create_again(slot, assignment, start=start)
             driver = await self._drivers.choose(assignment.type)
             self._drivers.require(driver.name, "create")
             if start:
@@ -256,11 +258,14 @@ class Manager:
 
         return await self._act(ref.instance_id, work)
 
-    async def _create_again(self, slot: Slot, ref: InstanceRef, *, start: bool) -> Observation:
+    async def _create_again(self, slot: Slot, assignment: Assignment, *, start: bool) -> Observation:
         entry = slot.entry
         assert entry is not None
+        ref = InstanceRef(assignment.instance_id, assignment.generation, assignment.epoch)
         if ref.generation != entry.generation:
             self._instances.existing(slot, ref)
+        if entry.type is None:
+            entry = self._actions.identify(slot, entry, assignment, start=start)
         seen = await self._actions.look(slot, entry)
         never_ran = seen.started_at is None and seen.status is not InstanceStatus.RUNNING
         if start and never_ran:
@@ -319,8 +324,10 @@ class Manager:
             return
         for seen in found:
             slot = self._instances.find(seen.instance_id)
-            settled = slot is not None and not slot.lock.locked() and slot.entry is not None
-            if slot is None or not settled:
+            if slot is None:
+                await self._recovery.take_in(driver, seen)
+                continue
+            if slot.lock.locked() or slot.entry is None:
                 continue
             if asked_at.get(seen.instance_id) == book.events_of(seen.instance_id):
                 self._instances.record(slot, seen, answered=answered)
@@ -411,8 +418,8 @@ class Manager:
         while True:
             self._wake_settler.clear()
             for name in self._drivers.names:
-                if self._drivers.available(name) and self._unadopted(name):
-                    await self._recovery.adopt(name)
+                if self._drivers.available(name) and (name not in self._told or self._unadopted(name)):
+                    await self._adopt(name)
             for slot in self._instances.slots():
                 if slot.entry is not None and slot.entry.phase is not Phase.READY and not slot.lock.locked():
                     # Not awaited: a stop may take its whole grace, and the others must not wait for it.
@@ -436,6 +443,10 @@ class Manager:
                 await self._recovery.settle(slot)
         except Exception:
             _log.exception("manager_defect", instance=instance_id)
+
+    async def _adopt(self, name: str) -> None:
+        if await self._recovery.adopt(name):
+            self._told.add(name)
 
     def _unadopted(self, name: str) -> bool:
         return any(

@@ -29,10 +29,10 @@ class Recovery:
         self._drivers = drivers
         self._actions = actions
 
-    async def adopt(self, name: str) -> None:
+    async def adopt(self, name: str) -> bool:
         """Adopt the instances of one driver that were not adopted yet, then those the journal does not know.
 
-        A driver that cannot be reached leaves them for the next time.
+        A driver that cannot be reached leaves them for the next time; whether it told all it has.
         """
         driver = self._drivers.named(name)
         gate = asyncio.Semaphore(_AT_ONCE)
@@ -50,7 +50,7 @@ class Recovery:
         async with asyncio.TaskGroup() as group:
             for instance_id in waiting:
                 group.create_task(one(instance_id))
-        await self._find_unknown(driver)
+        return await self._find_unknown(driver)
 
     async def settle(self, slot: Slot) -> None:
         """Finish what was cut off, with the slot held. What cannot be finished now stays for the next time; a create
@@ -94,17 +94,18 @@ class Recovery:
             self._instances.record(slot, lost(entry, self._instances), answered=False)
             _log.warning("instance_lost", instance=entry.instance_id, driver=driver.name)
 
-    async def _find_unknown(self, driver: Driver) -> None:
+    async def _find_unknown(self, driver: Driver) -> bool:
         try:
             found = await driver.list()
         except HypervisorError as exc:
             _log.warning("driver_list_failed", driver=driver.name, reason=exc.reason, error=exc.message)
-            return
+            return False
         for seen in found:
             if self._instances.find(seen.instance_id) is None:
-                await self._take_in(driver, seen)
+                await self.take_in(driver, seen)
+        return True
 
-    async def _take_in(self, driver: Driver, seen: Observation) -> None:
+    async def take_in(self, driver: Driver, seen: Observation) -> None:
         """One of ours that the journal does not know: keep it, so that it is reported and can be deleted."""
         async with self._instances.hold(seen.instance_id) as slot:
             if slot.entry is not None or seen.epoch <= self._instances.epoch_gone(seen.instance_id):

@@ -96,9 +96,10 @@ class Metrics:
         *,
         usage: Callable[[str], NodeUsage | None],
         leading: Callable[[], bool],
+        orphans: Callable[[], int],
     ) -> None:
         """Add the gauges of the cluster. ``usage``: measured use by a node's id; ``leading``: whether it leads."""
-        self.registry.register(ClusterMetrics(view, calls, usage=usage, leading=leading))
+        self.registry.register(ClusterMetrics(view, calls, usage=usage, leading=leading, orphans=orphans))
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""
@@ -115,11 +116,13 @@ class ClusterMetrics(Collector):
         *,
         usage: Callable[[str], NodeUsage | None],
         leading: Callable[[], bool],
+        orphans: Callable[[], int],
     ) -> None:
         self._view = view
         self._calls = calls
         self._usage = usage
         self._leading = leading
+        self._orphans = orphans
 
     def collect(self) -> Iterable[Metric]:
         """See ``Collector``."""
@@ -158,6 +161,11 @@ class ClusterMetrics(Collector):
             "hypervisor_store_available",
             "Whether the store answers this server.",
             value=float(not view.stale),
+        )
+        yield GaugeMetricFamily(
+            "hypervisor_orphans",
+            "Instances that nodes have and that no record tells of, or one of another node; as the leader sees it.",
+            value=self._orphans() if self._leading() else 0,
         )
         yield GaugeMetricFamily(
             "hypervisor_rpcs_in_progress", "Calls and streams being served.", value=self._calls.in_progress

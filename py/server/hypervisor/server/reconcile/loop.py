@@ -2,22 +2,19 @@
 
 import asyncio
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
 
 import structlog
 
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import HypervisorError
-from hypervisor.core.model import Observation, OperationRecord
-from hypervisor.core.states import NodeStatus
+from hypervisor.core.model import OperationRecord
 from hypervisor.server import keys
-from hypervisor.server.agents import Agents, CallContext
 from hypervisor.server.committer import GroupCommitter
 from hypervisor.server.drafts import Decision, Draft
 from hypervisor.server.executor import OperationExecutor
-from hypervisor.server.node_changes import fold_observation, mark_lost, mark_offline, mark_unknown
+from hypervisor.server.node_changes import mark_offline, mark_unknown
 from hypervisor.server.reconcile.decide import (
     Action,
     InspectNode,
@@ -30,13 +27,13 @@ from hypervisor.server.reconcile.decide import (
     decide,
 )
 from hypervisor.server.reconcile.history import HistoryKeeper
+from hypervisor.server.reconcile.node_loop import NodeReconciler, NodeReconcilerSettings
 from hypervisor.server.services import ClusterChange, Kind, Versioned
 from hypervisor.server.store.storage import Compare, Election, Storage
 from hypervisor.server.view import StoreView
 
 __all__ = ["Reconciler", "ReconcilerSettings"]
 
-_INSPECT_TIMEOUT_S = 10.0
 _PARALLEL = 64
 
 log = structlog.get_logger(__name__)
@@ -55,6 +52,7 @@ class ReconcilerSettings:
     history_s: float = 3600.0
     history_interval_s: float = 60.0
     purge_interval_s: float = 60.0
+    nodes: NodeReconcilerSettings = field(default_factory=NodeReconcilerSettings)
 
 
 class Reconciler:
@@ -66,7 +64,7 @@ class Reconciler:
         view: StoreView,
         committer: GroupCommitter,
         executor: OperationExecutor,
-        agents: Agents,
+        nodes: NodeReconciler,
         clock: Clock,
         *,
         server_id: str,
@@ -76,7 +74,7 @@ class Reconciler:
         self._view = view
         self._committer = committer
         self._executor = executor
-        self._agents = agents
+        self._nodes = nodes
         self._clock = clock
         self._server_id = server_id
         self._settings = settings or ReconcilerSettings()
@@ -123,11 +121,18 @@ class Reconciler:
 
     async def _lead(self, fence: Compare) -> None:
         await self._view.wait_revision(fence.mod_revision)
+        self._nodes.forget()
+        # Nodes are asked beside the loop: one that does not answer holds nothing up.
+        async with asyncio.TaskGroup() as asking:
+            await self._lead_on(fence, asking)
+
+    async def _lead_on(self, fence: Compare, asking: asyncio.TaskGroup) -> None:
         history = HistoryKeeper(keep_s=self._settings.history_s, interval_s=self._settings.history_interval_s)
         while True:
             self._changed.clear()
             if not self._view.stale:
                 await self.step(fence)
+                self._nodes.begin_due(asking, fence)
                 await self._forget_history(history)
             try:
                 async with asyncio.timeout(self._settings.interval_s):
@@ -191,7 +196,7 @@ class Reconciler:
                 case RemoveLeftover(instance_id):
                     self._executor.remove_leftover(instance_id)
                 case InspectNode(node_id):
-                    await self._inspect(node_id, fence)
+                    self._nodes.ask(node_id)
                 case PurgeOperation(operation_id):
                     await self._commit(lambda d: _purge(d, operation_id, fence=fence))
         except HypervisorError as exc:
@@ -201,36 +206,10 @@ class Reconciler:
     async def _commit(self, decision: Decision[bool]) -> bool:
         return (await self._committer.commit(decision)).value
 
-    async def _inspect(self, node_id: str, fence: Compare) -> None:
-        """Ask a node what it has, and settle what the records do not know."""
-        node = self._committer.find(keys.node(node_id))
-        if node is None or node.value.status is NodeStatus.OFFLINE:
-            return
-        context = CallContext(f"inspect-{node_id}", _INSPECT_TIMEOUT_S)
-        unsure = [i.value.id for i in self._view.instances_on(node_id) if not i.value.operation_id]
-        seen = {o.instance_id: o for o in await self._agents.agent(node.value).list(context)}
-        for instance_id in unsure:
-            observation = seen.get(instance_id)
-            await self._commit(
-                partial(_settle, node_id=node_id, instance_id=instance_id, seen=observation, fence=fence)
-            )
-
     def _notice(self, changes: tuple[ClusterChange, ...]) -> None:
         # Instances and operations change all the time, and need the leader only when a node or server is lost.
         if any(change.kind is Kind.NODE for change in changes):
             self._changed.set()
-
-
-def _settle(
-    draft: Draft, *, node_id: str, instance_id: str, seen: Observation | None, fence: Compare
-) -> bool:
-    draft.guard(fence)
-    if seen is None:
-        is_lost = mark_lost(draft, node_id=node_id, instance_id=instance_id)
-        if is_lost:
-            log.error("instance_lost", node_id=node_id, instance_id=instance_id)
-        return is_lost
-    return fold_observation(draft, node_id=node_id, seen=seen, authoritative=False)
 
 
 def _purge(draft: Draft, operation_id: str, *, fence: Compare) -> bool:
