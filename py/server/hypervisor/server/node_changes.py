@@ -10,6 +10,7 @@ from hypervisor.core.model import Allocation, Instance, Node, Observation, Taint
 from hypervisor.core.names import MAX_TAINTS
 from hypervisor.core.states import DesiredState, InstanceStatus, NodeStatus, TaintEffect, can_move
 from hypervisor.server import keys
+from hypervisor.server.adopting import adopt_placement
 from hypervisor.server.drafts import Draft
 from hypervisor.server.observations import fold, lost, missing
 from hypervisor.server.records import HostnameClaim, NodeLease
@@ -198,9 +199,13 @@ def record_untaint(draft: Draft, node: Node, *, key: str, effect: TaintEffect | 
 def fold_observation(draft: Draft, *, node_id: str, seen: Observation, authoritative: bool) -> bool:
     """Take in what a node's agent saw; returns whether the node should have the instance."""
     found = draft.get(keys.instance(seen.instance_id))
-    if found is None or found.value.node_id != node_id or found.value.epoch > seen.epoch:
+    if found is None or found.value.epoch > seen.epoch:
         return False
-    changed = fold(found.value, seen, now=draft.now, authoritative=authoritative)
+    adopted = adopt_placement(draft, found.value, node_id=node_id, seen=seen)
+    instance = found.value if adopted is None else adopted
+    if instance.node_id != node_id:
+        return False
+    changed = fold(instance, seen, now=draft.now, authoritative=authoritative or adopted is not None)
     if changed is not None:
         draft.put(keys.instance(seen.instance_id), changed)
     return True

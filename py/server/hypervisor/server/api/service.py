@@ -10,6 +10,7 @@ from grpc_reflection.v1alpha import reflection
 
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import FailedPrecondition
+from hypervisor.server.api.backups import BackupHandlers
 from hypervisor.server.api.console import ConsoleHandlers
 from hypervisor.server.api.encoding import Encoder
 from hypervisor.server.api.events import EventHandlers
@@ -20,19 +21,21 @@ from hypervisor.server.api.nodes import About, ClusterIdentity, NodeHandlers
 from hypervisor.server.api.operations import OperationHandlers
 from hypervisor.server.api.placements import PlacementHandlers
 from hypervisor.server.api.rpc import Dispatcher
+from hypervisor.server.backups import Backups
 from hypervisor.server.explaining import Explainer
 from hypervisor.server.images.contract import Images
 from hypervisor.server.services import ClusterView, Instances, Nodes, Operations
-from hypervisor.v1 import cluster_pb2, compute_pb2, image_pb2, operation_pb2
+from hypervisor.v1 import backup_pb2, cluster_pb2, compute_pb2, image_pb2, operation_pb2
 from hypervisor.wire.flow import STREAM_OPTIONS
 
 __all__ = ["Api", "ApiServer", "make_server"]
 
+_BACKUP = backup_pb2.DESCRIPTOR.services_by_name["BackupService"]
 _CLUSTER = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"]
 _COMPUTE = compute_pb2.DESCRIPTOR.services_by_name["ComputeService"]
 _IMAGE = image_pb2.DESCRIPTOR.services_by_name["ImageService"]
 _OPERATION = operation_pb2.DESCRIPTOR.services_by_name["OperationService"]
-SERVICE_NAMES = (_CLUSTER.full_name, _COMPUTE.full_name, _IMAGE.full_name, _OPERATION.full_name)
+SERVICE_NAMES = tuple(service.full_name for service in (_BACKUP, _CLUSTER, _COMPUTE, _IMAGE, _OPERATION))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,7 @@ class Api:
     operations: Operations
     images: Images
     explainer: Explainer
+    backups: Backups
     clock: Clock
     about: About
 
@@ -65,6 +69,7 @@ class Api:
             (
                 dispatcher.service(_COMPUTE, compute),
                 dispatcher.service(_CLUSTER, nodes.handlers | events.handlers | placements.cluster),
+                dispatcher.service(_BACKUP, BackupHandlers(self.backups).handlers),
                 dispatcher.service(_IMAGE, images.handlers),
                 dispatcher.service(_OPERATION, operations.handlers),
             )
