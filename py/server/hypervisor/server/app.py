@@ -126,6 +126,7 @@ async def run_server(
             view=plane.view,
             identity=plane.view,
             instances=plane.instances,
+            moves=plane.moves,
             nodes=plane.nodes,
             operations=plane.operations,
             images=plane.images,

@@ -24,6 +24,8 @@ from hypervisor.server.images.uploads import Uploads
 from hypervisor.server.instances import InstanceService
 from hypervisor.server.ledger import AllocationRules, Ledger
 from hypervisor.server.membership import Membership
+from hypervisor.server.moves import MoveService
+from hypervisor.server.moving import NoLiveMoves
 from hypervisor.server.node_facts import ServerFacts
 from hypervisor.server.nodes import NodeService
 from hypervisor.server.operations import OperationService, Waiters
@@ -149,6 +151,16 @@ class ControlPlane:
             allocation=settings.allocation,
             new_id=new_id,
             last_stats=nodes.last_stats,
+        )
+        self.moves = MoveService(
+            self.view,
+            self.committer,
+            self.executor,
+            operations,
+            placer,
+            clock,
+            live=NoLiveMoves(),
+            resolve_node=lambda name: nodes.resolve(name).value.id,
         )
         uploads = Uploads(self.image_store, idle_s=images.upload_idle_s)
         self.image_keeper = ImageKeeper(

@@ -30,6 +30,7 @@ from hypervisor.core.model import (
     OperationRecord,
     Taint,
 )
+from hypervisor.core.moves import MovePolicy, MoveStrategy
 from hypervisor.core.resources import Resources
 from hypervisor.core.states import DesiredState, InstanceType, NodeRole, TaintEffect
 
@@ -44,6 +45,8 @@ __all__ = [
     "InstanceRef",
     "Instances",
     "Kind",
+    "MoveOrder",
+    "Moves",
     "Mutation",
     "NodePlacements",
     "NodeRegistration",
@@ -189,6 +192,31 @@ class InstanceDraft:
     desired: DesiredState = DesiredState.RUNNING
 
 
+@dataclass(frozen=True, slots=True)
+class MoveOrder:
+    """What is asked for. ``node``: id of the target, empty: the scheduler's choice."""
+
+    node: str = ""
+    strategy: MoveStrategy = MoveStrategy.AUTO
+    allow_disk_loss: bool = False
+    healthy_s: float | None = None
+    reason: str = ""
+    drain: str = ""
+    keep_home: bool = False
+    """Remember where it was, to be brought back there (drains do)."""
+    forced: bool = False
+    """Stop it where nothing gentler will do, and let its local disk go (a drain past its deadline)."""
+
+    def policy(self, instance: Instance) -> MovePolicy:
+        """What counts for this move."""
+        own = instance.spec.move or MovePolicy()
+        return MovePolicy(
+            strategy=own.strategy if self.strategy is MoveStrategy.AUTO else self.strategy,
+            healthy_s=own.healthy_s if self.healthy_s is None else self.healthy_s,
+            allow_disk_loss=own.allow_disk_loss or self.allow_disk_loss or self.forced,
+        )
+
+
 class ConsoleEvent(Protocol):
     """Marker for what a console session yields: see ``agents.py`` (ConsoleOpened, ConsoleData, ConsoleSkipped,
     ConsoleNotice, ConsoleClosed)."""
@@ -284,6 +312,17 @@ class Instances(Protocol):
 
     def logs(self, ref: InstanceRef, caller: Caller, options: LogOptions) -> AsyncGenerator[LogPiece, None]:
         """What it printed on its console, in whatever state it is."""
+        ...
+
+
+class Moves(Protocol):
+    """Moving instances to other nodes; the rules are those of MoveInstance in compute.proto."""
+
+    async def move(
+        self, ref: InstanceRef, mutation: Mutation, *, order: MoveOrder, grace_s: float | None
+    ) -> Versioned[OperationRecord]:
+        """Move it. ``order.node``: id or host name of the target; empty: the scheduler's choice. ``grace_s``: for the
+        copy that is stopped; None: the default."""
         ...
 
 

@@ -16,13 +16,14 @@ from hypervisor.server.api.events import EventHandlers
 from hypervisor.server.api.images import ImageHandlers
 from hypervisor.server.api.instance_states import InstanceStateHandlers
 from hypervisor.server.api.instances import InstanceHandlers
+from hypervisor.server.api.moves import MoveHandlers
 from hypervisor.server.api.nodes import About, ClusterIdentity, NodeHandlers
 from hypervisor.server.api.operations import OperationHandlers
 from hypervisor.server.api.placements import PlacementHandlers
 from hypervisor.server.api.rpc import Dispatcher
 from hypervisor.server.explaining import Explainer
 from hypervisor.server.images.contract import Images
-from hypervisor.server.services import ClusterView, Instances, Nodes, Operations
+from hypervisor.server.services import ClusterView, Instances, Moves, Nodes, Operations
 from hypervisor.v1 import cluster_pb2, compute_pb2, image_pb2, operation_pb2
 from hypervisor.wire.flow import STREAM_OPTIONS
 
@@ -42,6 +43,7 @@ class Api:
     view: ClusterView
     identity: ClusterIdentity
     instances: Instances
+    moves: Moves
     nodes: Nodes
     operations: Operations
     images: Images
@@ -60,7 +62,10 @@ class Api:
         events = EventHandlers(self.view, encoder, self.clock)
         images = ImageHandlers(self.view, self.images, encoder)
         console = ConsoleHandlers(self.instances)
-        compute = instances.handlers | states.handlers | console.handlers | placements.compute
+        moves = MoveHandlers(self.moves, encoder)
+        compute = (
+            instances.handlers | states.handlers | console.handlers | placements.compute | moves.handlers
+        )
         server.add_generic_rpc_handlers(
             (
                 dispatcher.service(_COMPUTE, compute),

@@ -26,6 +26,7 @@ from hypervisor.server.reconcile.decide import (
     PurgeOperation,
     RedriveOperation,
     RemoveLeftover,
+    RemoveOldCopy,
     Situation,
     decide,
 )
@@ -190,6 +191,8 @@ class Reconciler:
                     await self._executor.take_over(operation_id)
                 case RemoveLeftover(instance_id):
                     self._executor.remove_leftover(instance_id)
+                case RemoveOldCopy(instance_id):
+                    self._executor.remove_old_copy(instance_id)
                 case InspectNode(node_id):
                     await self._inspect(node_id, fence)
                 case PurgeOperation(operation_id):
