@@ -7,7 +7,7 @@ import msgspec
 
 from hypervisor.core.resources import ZERO, Resources
 
-__all__ = ["MovePhase", "MovePolicy", "MoveRecord", "MoveStrategy"]
+__all__ = ["MovePhase", "MovePolicy", "MoveRecord", "MoveState", "MoveStrategy"]
 
 
 class MoveStrategy(StrEnum):
@@ -34,6 +34,24 @@ class MovePhase(StrEnum):
     """It came to nothing: the copy on the target is removed, and the instance goes on where it was."""
     CLEANING = "cleaning"
     """The instance is on the target; what is left where it was is removed."""
+
+
+class MoveState(StrEnum):
+    """How far one instance of a drain is."""
+
+    PLANNED = "planned"
+    """Of a dry run: it would go."""
+    WAITING = "waiting"
+    MOVING = "moving"
+    CLEANING = "cleaning"
+    """It is where it is to be; its old copy is being removed."""
+    MOVED = "moved"
+    STOPPED = "stopped"
+    """By force; it is still there."""
+    GONE = "gone"
+    """Deleted meanwhile."""
+    STUCK = "stuck"
+    """It cannot go, and trying again changes nothing."""
 
 
 class MovePolicy(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

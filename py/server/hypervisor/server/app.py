@@ -127,6 +127,7 @@ async def run_server(
             identity=plane.view,
             instances=plane.instances,
             moves=plane.moves,
+            maintenance=plane.maintenance,
             nodes=plane.nodes,
             operations=plane.operations,
             images=plane.images,

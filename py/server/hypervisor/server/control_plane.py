@@ -13,6 +13,8 @@ from hypervisor.core.ids import IdSource
 from hypervisor.core.states import PlacementPolicy
 from hypervisor.server.agents import Agents
 from hypervisor.server.committer import GroupCommitter
+from hypervisor.server.draining.keeper import DrainKeeper
+from hypervisor.server.draining.service import MaintenanceService
 from hypervisor.server.executor import ExecutorSettings, OperationExecutor
 from hypervisor.server.explaining import Explainer
 from hypervisor.server.images.contract import Images
@@ -162,6 +164,24 @@ class ControlPlane:
             live=NoLiveMoves(),
             resolve_node=lambda name: nodes.resolve(name).value.id,
         )
+        drains = DrainKeeper(
+            self.view,
+            self.committer,
+            self.executor,
+            operations,
+            self.moves,
+            clock,
+            interval_s=settings.reconciler.interval_s,
+        )
+        self.maintenance = MaintenanceService(
+            self.view,
+            self.committer,
+            operations,
+            drains,
+            placer,
+            clock,
+            resolve_node=lambda name: nodes.resolve(name).value.id,
+        )
         uploads = Uploads(self.image_store, idle_s=images.upload_idle_s)
         self.image_keeper = ImageKeeper(
             self.image_store,
@@ -200,6 +220,7 @@ class ControlPlane:
             clock,
             server_id=server_id,
             settings=settings.reconciler,
+            duties=(drains.run,),
         )
 
     async def ready(self) -> None:

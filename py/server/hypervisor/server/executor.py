@@ -36,7 +36,7 @@ from hypervisor.server.moving_drive import MoveDriver
 from hypervisor.server.operations import Waiters
 from hypervisor.server.placement import release
 from hypervisor.server.services import Versioned
-from hypervisor.server.verbs import node_unreachable
+from hypervisor.server.verbs import LED, node_unreachable
 from hypervisor.server.view import StoreView
 
 __all__ = ["ExecutorSettings", "OperationExecutor"]
@@ -158,7 +158,10 @@ class OperationExecutor:
         ``request_id`` is that of the call that began it, for the logs here and on the node.
         """
         mine = (
-            not operation.done and operation.server_id == self._server_id and operation.id not in self._driven
+            not operation.done
+            and operation.server_id == self._server_id
+            and operation.id not in self._driven
+            and operation.verb not in LED
         )
         # Before `run` there is nobody to drive it; `run` begins with all that are recorded.
         if mine and self._group is not None:

@@ -8,6 +8,7 @@ from hypervisor.core.clock import Clock
 from hypervisor.core.errors import Conflict
 from hypervisor.core.model import OperationRecord
 from hypervisor.server.committer import Decided, GroupCommitter, Lane
+from hypervisor.server.drafts import Draft
 from hypervisor.server.executor import OperationExecutor
 from hypervisor.server.instances import enter_terms_of
 from hypervisor.server.moving import LiveMoves, begin_move
@@ -59,9 +60,15 @@ class MoveService:
         return await self._operations.conclude(decided, wait=mutation.wait)
 
     async def begin(
-        self, ref: InstanceRef, mutation: Mutation, *, order: MoveOrder, grace_s: float | None
+        self,
+        ref: InstanceRef,
+        mutation: Mutation,
+        *,
+        order: MoveOrder,
+        grace_s: float | None,
+        also: Callable[[Draft, OperationRecord], None] = lambda draft, operation: None,
     ) -> Decided[OperationRecord]:
-        """Record that the move begins, and have it driven."""
+        """Record that the move begins, and have it driven. ``also``: what else is decided in that transaction."""
         operation = self._operations.open("move", mutation, object_kind=Kind.INSTANCE, grace_s=grace_s)
         while True:
             found = find_in_view(self._view, ref)
@@ -78,6 +85,7 @@ class MoveService:
                         order=order,
                         operation=operation,
                         deadline=deadline,
+                        also=also,
                     ),
                     then=partial(self._executor.begin, request_id=mutation.caller.request_id),
                     lane=Lane.PLACEMENTS,

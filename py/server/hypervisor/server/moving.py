@@ -10,6 +10,7 @@ there is given back. A node that does not answer holds nobody up: the operation 
 the leader has the rest removed as soon as the node is there.
 """
 
+from collections.abc import Callable
 from datetime import datetime
 
 from msgspec import structs
@@ -32,6 +33,7 @@ __all__ = [
     "advance",
     "begin_move",
     "check_movable",
+    "check_target",
     "copy_elsewhere",
     "end_move",
     "forget_leftover",
@@ -150,6 +152,7 @@ def begin_move(
     order: MoveOrder,
     operation: OperationRecord,
     deadline: datetime,
+    also: Callable[[Draft, OperationRecord], None] = lambda draft, operation: None,
 ) -> OperationRecord:
     """Record that the move begins, with what it needs reserved on its target; or find what a repeat began.
 
@@ -169,7 +172,7 @@ def begin_move(
     check_movable(instance, node)
     policy = order.policy(instance)
     strategy = plan_strategy(instance, policy, live_refused=live.why_not(instance, node))
-    _check_target(draft, instance, order)
+    check_target(draft, instance, order)
     epoch = instance.next_epoch
     target, placement = placer.reserve_elsewhere(draft, instance, node=order.node, epoch=epoch)
     runs = instance.status is InstanceStatus.RUNNING
@@ -216,6 +219,7 @@ def begin_move(
         draft.put(operation_key, recorded)
     else:
         draft.create(operation_key, recorded)
+    also(draft, recorded)
     return recorded
 
 
@@ -229,7 +233,8 @@ def _making(strategy: MoveStrategy) -> MovePhase:
             return MovePhase.STARTING
 
 
-def _check_target(draft: Draft, instance: Instance, order: MoveOrder) -> None:
+def check_target(draft: Draft, instance: Instance, order: MoveOrder) -> None:
+    """Refuse a target that is none, and to move what is pinned: FailedPrecondition (``ALREADY_THERE``, ``PINNED``)."""
     source = draft.peek(keys.node(instance.node_id))
     here = {instance.node_id} if source is None else {instance.node_id, source.value.hostname}
     metadata = {"instance_id": instance.id, "node": order.node or instance.spec.node}

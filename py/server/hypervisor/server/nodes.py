@@ -31,6 +31,7 @@ from hypervisor.server.committer import GroupCommitter
 from hypervisor.server.drafts import Decision, Draft
 from hypervisor.server.ledger import AllocationRules
 from hypervisor.server.node_changes import (
+    check_not_draining,
     fold_observation,
     incarnation_mismatch,
     mark_missing,
@@ -176,13 +177,11 @@ class NodeService:
     async def uncordon(
         self, node: str, mutation: Mutation, *, resource_version: int
     ) -> Versioned[OperationRecord]:
-        return await self._at_once(
-            "uncordon",
-            node,
-            mutation,
-            resource_version,
-            lambda draft, found: record_cordon(draft, found.value, schedulable=True, reason=""),
-        )
+        def change(draft: Draft, found: Versioned[Node]) -> None:
+            check_not_draining(draft, found.value)
+            record_cordon(draft, found.value, schedulable=True, reason="")
+
+        return await self._at_once("uncordon", node, mutation, resource_version, change)
 
     async def taint(
         self, node: str, mutation: Mutation, *, taint: Taint, resource_version: int

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import msgspec
 
@@ -34,6 +34,11 @@ from hypervisor.core.moves import MovePolicy, MoveStrategy
 from hypervisor.core.resources import Resources
 from hypervisor.core.states import DesiredState, InstanceType, NodeRole, TaintEffect
 
+if TYPE_CHECKING:  # these build on the values below
+    from hypervisor.server.draining.budgets import Standing
+    from hypervisor.server.draining.progress import DrainProgress
+    from hypervisor.server.draining.records import Budget, DrainKind, DrainOrder, DrainRecord
+
 __all__ = [
     "Caller",
     "ClusterChange",
@@ -45,6 +50,7 @@ __all__ = [
     "InstanceRef",
     "Instances",
     "Kind",
+    "Maintenance",
     "MoveOrder",
     "Moves",
     "Mutation",
@@ -117,6 +123,8 @@ class ClusterView(Protocol):
     def node_named(self, hostname: str) -> Versioned[Node] | None: ...
 
     def nodes(self) -> Iterable[Versioned[Node]]: ...
+
+    def drain(self, node_id: str) -> "Versioned[DrainRecord] | None": ...
 
     def allocation(self, node_id: str) -> Allocation:
         """What is reserved on the node (zero when nothing is)."""
@@ -323,6 +331,48 @@ class Moves(Protocol):
     ) -> Versioned[OperationRecord]:
         """Move it. ``order.node``: id or host name of the target; empty: the scheduler's choice. ``grace_s``: for the
         copy that is stopped; None: the default."""
+        ...
+
+
+class Maintenance(Protocol):
+    """Draining nodes, and what drains keep to; the rules are those of cluster.proto and maintenance.proto."""
+
+    async def drain(
+        self, node: str, mutation: Mutation, *, order: "DrainOrder", reason: str, resource_version: int
+    ) -> str:
+        """Cordon the node and begin to empty it; returns the operation's id. FailedPrecondition (``DRAINING``)."""
+        ...
+
+    async def restore(self, node: str, mutation: Mutation, *, order: "DrainOrder") -> str:
+        """Uncordon the node and begin to bring home what drains took from it; returns the operation's id."""
+        ...
+
+    async def cancel(self, node: str, caller: Caller) -> Versioned[OperationRecord]:
+        """Begin nothing more. FailedPrecondition (``NOT_DRAINING``)."""
+        ...
+
+    def plan(self, node: str, *, order: "DrainOrder", kind: "DrainKind" = ...) -> "DrainProgress":
+        """What it would do now; nothing is recorded."""
+        ...
+
+    def state(self, node: str) -> "DrainProgress | None":
+        """The node's last drain, or the one that goes on; None where there was none."""
+        ...
+
+    def watch(self, node: str, operation_id: str = "") -> "AsyncGenerator[DrainProgress, None]":
+        """Its steps until it ends, the present state first; raises what it ended with where that is not well."""
+        ...
+
+    async def set_budget(self, budget: "Budget") -> "Budget":
+        """Make it, or put it in the place of the one with its name."""
+        ...
+
+    async def delete_budget(self, project: str, name: str) -> None:
+        """NotFound (``BUDGET_NOT_FOUND``)."""
+        ...
+
+    def budgets(self, project: str) -> "list[tuple[Budget, Standing]]":
+        """Those of the project (empty: of all), and how they stand."""
         ...
 
 

@@ -22,6 +22,7 @@ from hypervisor.server.services import ClusterView, InstanceRef, Versioned
 
 __all__ = [
     "CANCELLABLE",
+    "LED",
     "VERBS",
     "VerbRule",
     "begin",
@@ -37,7 +38,10 @@ _S = InstanceStatus
 _RUNS = frozenset({_S.RUNNING, _S.PAUSED})
 _RESTS = frozenset({_S.STOPPED, _S.FAILED})
 
-CANCELLABLE = frozenset({"create", "move", "start"})
+LED = frozenset({"drain", "restore"})
+"""Verbs of operations that the leader carries out, whichever server recorded them."""
+
+CANCELLABLE = frozenset({"create", "move", "start"}) | LED
 """Verbs whose unfinished work can be undone."""
 
 

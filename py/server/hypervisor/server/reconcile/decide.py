@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 
 from hypervisor.core.model import Instance, Node, OperationRecord
 from hypervisor.core.states import TRANSITIONAL, DesiredState, InstanceStatus, NodeStatus, can_move
+from hypervisor.server.verbs import LED
 
 __all__ = [
     "Action",
@@ -146,6 +147,8 @@ def _operations(situation: Situation, instances: dict[str, Instance]) -> Iterato
         if operation.done:
             if operation.finished_at is not None and operation.finished_at < oldest_kept:
                 yield PurgeOperation(operation.id)
+            continue
+        if operation.verb in LED:
             continue
         instance = instances.get(operation.object_id)
         deadline = instance.transition_deadline if instance is not None else None

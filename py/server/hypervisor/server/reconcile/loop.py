@@ -1,10 +1,11 @@
 """Carries out what ``decide`` says, on the elected leader only, every commit fenced."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import structlog
 
@@ -35,7 +36,10 @@ from hypervisor.server.services import ClusterChange, Kind, Versioned
 from hypervisor.server.store.storage import Compare, Election, Storage
 from hypervisor.server.view import StoreView
 
-__all__ = ["Reconciler", "ReconcilerSettings"]
+__all__ = ["Duty", "Reconciler", "ReconcilerSettings"]
+
+Duty = Callable[[Compare], Coroutine[Any, Any, None]]
+"""Work that goes on while this server leads, and is cancelled when it does no longer; every commit with the fence."""
 
 _INSPECT_TIMEOUT_S = 10.0
 _PARALLEL = 64
@@ -72,6 +76,7 @@ class Reconciler:
         *,
         server_id: str,
         settings: ReconcilerSettings | None = None,
+        duties: Sequence[Duty] = (),
     ) -> None:
         self._storage = storage
         self._view = view
@@ -81,6 +86,7 @@ class Reconciler:
         self._clock = clock
         self._server_id = server_id
         self._settings = settings or ReconcilerSettings()
+        self._duties = tuple(duties)
         self._changed = asyncio.Event()
         self._leading = False
         self._next_purge = clock.monotonic()
@@ -110,17 +116,19 @@ class Reconciler:
 
     async def _lead_until_lost(self, election: Election, fence: Compare) -> None:
         losing = asyncio.create_task(election.lost(), name="leadership")
-        leading = asyncio.create_task(self._lead(fence), name="reconcile")
+        leading = {asyncio.create_task(self._lead(fence), name="reconcile")}
+        leading |= {asyncio.create_task(duty(fence), name="duty") for duty in self._duties}
         self._leading = True
         try:
-            await asyncio.wait({losing, leading}, return_when=asyncio.FIRST_COMPLETED)
-            if leading.done():
-                leading.result()
+            await asyncio.wait({losing, *leading}, return_when=asyncio.FIRST_COMPLETED)
+            for task in leading:
+                if task.done():
+                    task.result()
         finally:
             self._leading = False
-            for task in (losing, leading):
+            for task in (losing, *leading):
                 task.cancel()
-            await asyncio.wait({losing, leading})
+            await asyncio.wait({losing, *leading})
 
     async def _lead(self, fence: Compare) -> None:
         await self._view.wait_revision(fence.mod_revision)
