@@ -9,11 +9,14 @@ if TYPE_CHECKING:
     from google.protobuf.timestamp_pb2 import Timestamp
 
     from hypervisor.v1.image_pb2 import Image
-    from hypervisor.v1.instance_pb2 import Instance, InstanceSpec, Toleration
+    from hypervisor.v1.instance_pb2 import Instance, InstanceSpec, LabelConstraint, Toleration
+    from hypervisor.v1.maintenance_pb2 import DisruptionBudget
     from hypervisor.v1.node_pb2 import DriverInfo, Node, Taint
     from hypervisor.v1.operation_pb2 import Operation
 
 __all__ = [
+    "budget_limit",
+    "constraint",
     "cores",
     "drivers",
     "enum_name",
@@ -122,6 +125,23 @@ def move_policy(spec: "InstanceSpec") -> str:
     if spec.move.allow_disk_loss:
         parts.append("its disk may be lost")
     return ", ".join(filter(None, parts))
+
+
+def constraint(condition: "LabelConstraint") -> str:
+    """A condition on a label."""
+    from hypervisor.v1.instance_pb2 import LabelConstraint
+
+    if condition.operator == LabelConstraint.OPERATOR_EXISTS:
+        return condition.key
+    word = "not in" if condition.operator == LabelConstraint.OPERATOR_NOT_IN else "in"
+    return f"{condition.key} {word} ({', '.join(condition.values)})"
+
+
+def budget_limit(budget: "DisruptionBudget") -> str:
+    """What a budget allows."""
+    if budget.WhichOneof("limit") == "min_available":
+        return f"at least {budget.min_available} there"
+    return f"at most {budget.max_unavailable} away"
 
 
 def exit_of(instance: "Instance") -> str:
