@@ -236,11 +236,12 @@ def _making(strategy: MoveStrategy) -> MovePhase:
 def check_target(draft: Draft, instance: Instance, order: MoveOrder) -> None:
     """Refuse a target that is none, and to move what is pinned: FailedPrecondition (``ALREADY_THERE``, ``PINNED``)."""
     source = draft.peek(keys.node(instance.node_id))
-    here = {instance.node_id} if source is None else {instance.node_id, source.value.hostname}
+    hostname = instance.node_id if source is None else source.value.hostname
+    here = {instance.node_id, hostname}
     metadata = {"instance_id": instance.id, "node": order.node or instance.spec.node}
     if order.node and order.node in here:
         raise FailedPrecondition(
-            f"instance {instance.name} is on node {order.node} already",
+            f"instance {instance.name} is on node {hostname} already",
             reason="ALREADY_THERE",
             metadata=metadata,
         )
