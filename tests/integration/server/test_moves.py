@@ -241,6 +241,34 @@ async def test_an_old_node_that_does_not_answer_is_cleaned_up_when_it_does(memor
         assert await c.reserved() == {c.old: 0, c.new: 1}
 
 
+async def test_a_node_that_never_comes_back_is_given_up_with_what_a_move_left_there(memory: Storage) -> None:
+    async with AsyncExitStack() as stack:
+        agents = MemoryAgents()
+        plane = await stack.enter_async_context(control_plane(memory, agents))
+        dying = AsyncExitStack()
+        old = await dying.enter_async_context(add_node(plane, registration("node-1")))
+        await plane.instances.create(draft("web"), mutation())
+        new = await stack.enter_async_context(add_node(plane, registration("node-2")))
+        c = Cluster(plane, agents, memory, old, new)
+        gate = agents.agent(plane.nodes.resolve(new).value).gates["create"] = asyncio.Event()
+        operation_id = await c.move(wait=False)
+        await until(lambda: ("create", c.web.id) in c.agent(new).calls)
+        c.agent(old).unreachable = True
+        gate.set()
+        await plane.operations.wait(operation_id, timeout_s=10)
+        with pytest.raises(FailedPrecondition) as alive:
+            await plane.nodes.deregister("node-1", mutation(), resource_version=0)
+        assert alive.value.reason == "NODE_READY"
+        assert c.web.move is not None
+        await dying.aclose()
+        await until(lambda: plane.nodes.resolve(old).value.status is NodeStatus.OFFLINE)
+
+        await plane.nodes.deregister("node-1", mutation(), resource_version=0)
+
+        assert c.web.move is None
+        assert (await allocation_is_sum(memory))[new].instances == 1
+
+
 async def test_an_instance_with_an_old_copy_elsewhere_is_deleted_with_it(memory: Storage) -> None:
     async with cluster(memory) as c:
         gate = c.agent(c.new).gates["create"] = asyncio.Event()

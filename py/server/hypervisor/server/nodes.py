@@ -30,6 +30,7 @@ from hypervisor.server import keys
 from hypervisor.server.committer import GroupCommitter
 from hypervisor.server.drafts import Decision, Draft
 from hypervisor.server.ledger import AllocationRules
+from hypervisor.server.moving import forget_leftover
 from hypervisor.server.node_changes import (
     check_not_draining,
     fold_observation,
@@ -158,7 +159,13 @@ class NodeService:
         self, node: str, mutation: Mutation, *, resource_version: int
     ) -> Versioned[OperationRecord]:
         def change(draft: Draft, found: Versioned[Node]) -> None:
-            placed = [i.value for i in self._view.instances_on(found.value.id)]
+            node_id = found.value.id
+            placed = [i.value for i in self._view.instances_on(node_id)]
+            for other in self._view.instances():
+                move = other.value.move
+                if move is not None and move.other(other.value.node_id)[0] == node_id:
+                    # What a move left there goes with the node.
+                    forget_leftover(draft, other.value.id, started_at=move.started_at)
             record_deregistration(draft, found.value, placed=len(placed))
 
         return await self._at_once("deregister", node, mutation, resource_version, change)
