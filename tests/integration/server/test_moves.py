@@ -30,6 +30,7 @@ from hypervisor.core.errors import (
 from hypervisor.core.model import Instance
 from hypervisor.core.moves import MovePhase, MovePolicy, MoveStrategy
 from hypervisor.core.states import InstanceStatus, InstanceType, NodeStatus, OperationState
+from hypervisor.server.agents import CallContext
 from hypervisor.server.control_plane import ControlPlane
 from hypervisor.server.services import Caller, InstanceRef, MoveOrder, StopOptions
 from hypervisor.server.store.memory import MemoryStorage
@@ -446,3 +447,23 @@ async def test_what_agents_tell_of_both_copies_does_not_disturb_a_move(memory: S
         gate.set()
         await moving
         assert (c.web.status, c.web.node_id) == (InstanceStatus.RUNNING, c.new)
+
+
+async def test_a_copy_of_a_failed_move_that_turns_up_later_is_not_taken_for_the_instance(
+    memory: Storage,
+) -> None:
+    async with cluster(memory) as c:
+        c.agent(c.new).failures["create"] = NotFound("there is no such image", reason="IMAGE_NOT_FOUND")
+        with pytest.raises(NotFound):
+            await c.move()
+        copy = structs.replace(c.web, node_id=c.new, epoch=2)
+        late = await c.agent(c.new).create(copy, CallContext("late", 1.0), start=True)
+
+        node = c.plane.nodes.resolve(c.new).value
+        unexpected = await c.plane.nodes.update_status(
+            c.new, node.incarnation, drivers=None, observations=(late,)
+        )
+
+        assert unexpected == (c.web.id,)
+        assert (c.web.node_id, c.web.epoch) == (c.old, 1)
+        assert await c.reserved() == {c.old: 1, c.new: 0}

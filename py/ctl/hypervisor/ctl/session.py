@@ -18,6 +18,7 @@ from hypervisor.core.errors import Cancelled, DeadlineExceeded, HypervisorError,
 from hypervisor.ctl.settings import Connection
 
 if TYPE_CHECKING:
+    from hypervisor.v1.backup_pb2_grpc import BackupServiceStub
     from hypervisor.v1.cluster_pb2_grpc import ClusterServiceStub
     from hypervisor.v1.compute_pb2_grpc import ComputeServiceStub
     from hypervisor.v1.image_pb2_grpc import ImageServiceStub
@@ -122,6 +123,13 @@ class Session:
         from hypervisor.v1.maintenance_pb2_grpc import MaintenanceServiceStub
 
         return MaintenanceServiceStub(self.channel)
+
+    @cached_property
+    def backups(self) -> "BackupServiceStub":
+        """Backup and restore."""
+        from hypervisor.v1.backup_pb2_grpc import BackupServiceStub
+
+        return BackupServiceStub(self.channel)
 
     @property
     def server(self) -> str:

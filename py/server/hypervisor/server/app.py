@@ -132,6 +132,7 @@ async def run_server(
             operations=plane.operations,
             images=plane.images,
             explainer=plane.explainer,
+            backups=plane.backups,
             clock=clock,
             about=About(version=version, store_backend=settings.store.backend.value, started_at=clock.now()),
         ).register(server, dispatcher)

@@ -12,7 +12,8 @@ import structlog
 
 from hypervisor.core.errors import Internal
 from hypervisor.core.images import Image
-from hypervisor.core.model import Allocation, Instance, Node, OperationRecord, decode
+from hypervisor.core.model import Allocation, Instance, Node, OperationRecord, decode, encode
+from hypervisor.core.unknown_members import find_unknown
 from hypervisor.server import keys
 from hypervisor.server.draining.records import Budget, DrainRecord
 from hypervisor.server.keys import RecordKey
@@ -67,7 +68,9 @@ def decode_item(path: str, item: Item | None) -> Update:
             mod_revision=item.mod_revision,
         )
     try:
-        return Update(path, Versioned(decode(key.kind, item.value, key=path), item.mod_revision))
+        record = decode(key.kind, item.value, key=path)
+        unknown = find_unknown(item.value, encode(record))
+        return Update(path, Versioned(record, item.mod_revision, unknown))
     except Internal as exc:
         log.error("record_unreadable", key=path, revision=item.mod_revision, error=str(exc))
         return Update(path, None, error=exc, mod_revision=item.mod_revision)

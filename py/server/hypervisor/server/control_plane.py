@@ -12,6 +12,7 @@ from hypervisor.core.clock import Clock
 from hypervisor.core.ids import IdSource
 from hypervisor.core.states import PlacementPolicy
 from hypervisor.server.agents import Agents
+from hypervisor.server.backups import Backups
 from hypervisor.server.committer import GroupCommitter
 from hypervisor.server.draining.keeper import DrainKeeper
 from hypervisor.server.draining.service import MaintenanceService
@@ -201,6 +202,7 @@ class ControlPlane:
             clock,
             new_id=new_id,
         )
+        self.backups = Backups(storage, self.view, clock, version=settings.version)
         self.membership = Membership(
             storage,
             self.committer,

@@ -15,6 +15,7 @@
     /hypervisor/leases/nodes/{id}        NodeLease      bound to a lease: the agent is alive
     /hypervisor/leases/servers/{id}      ServerRecord   bound to a lease: the server is alive
     /hypervisor/config/cluster           ClusterConfig
+    /hypervisor/config/restoring         Restoring      there while a backup is being restored
     /hypervisor/config/placement-terms   PlacementTerms written by placements that such a term is about
     /hypervisor/elections/{name}/{...}   (the store's own: the candidates of an election)
 """
@@ -36,6 +37,7 @@ from hypervisor.server.records import (
     NameClaim,
     NodeLease,
     PlacementTerms,
+    Restoring,
     ServerRecord,
 )
 
@@ -45,6 +47,7 @@ __all__ = [
     "LEADER_PREFIX",
     "PLACEMENT_TERMS",
     "PREFIX",
+    "RESTORING",
     "SESSIONS",
     "RecordKey",
     "allocation",
@@ -142,6 +145,7 @@ def server_lease(server_id: str) -> RecordKey[ServerRecord]:
 
 CLUSTER_CONFIG: RecordKey[ClusterConfig] = RecordKey(f"{PREFIX}config/cluster", ClusterConfig)
 PLACEMENT_TERMS: RecordKey[PlacementTerms] = RecordKey(f"{PREFIX}config/placement-terms", PlacementTerms)
+RESTORING: RecordKey[Restoring] = RecordKey(f"{PREFIX}config/restoring", Restoring)
 
 _FAMILIES: Mapping[str, type[msgspec.Struct]] = MappingProxyType(
     {
@@ -159,6 +163,7 @@ _FAMILIES: Mapping[str, type[msgspec.Struct]] = MappingProxyType(
         "leases/servers/": ServerRecord,
         "config/cluster": ClusterConfig,
         "config/placement-terms": PlacementTerms,
+        "config/restoring": Restoring,
     }
 )
 

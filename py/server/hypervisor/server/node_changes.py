@@ -10,6 +10,7 @@ from hypervisor.core.model import Allocation, Instance, Node, Observation, Taint
 from hypervisor.core.names import MAX_TAINTS
 from hypervisor.core.states import DesiredState, InstanceStatus, NodeStatus, TaintEffect, can_move
 from hypervisor.server import keys
+from hypervisor.server.adopting import adopt_placement
 from hypervisor.server.drafts import Draft
 from hypervisor.server.draining.records import DrainKind
 from hypervisor.server.observations import fold, lost, missing
@@ -219,9 +220,13 @@ def fold_observation(draft: Draft, *, node_id: str, seen: Observation, authorita
         elsewhere = (node_id, seen.epoch) == found.value.move.other(found.value.node_id)
         if elsewhere:
             return True  # a copy that a move has made, or is to remove
-    if found is None or found.value.node_id != node_id or found.value.epoch > seen.epoch:
+    if found is None or found.value.epoch > seen.epoch:
         return False
-    changed = fold(found.value, seen, now=draft.now, authoritative=authoritative)
+    adopted = adopt_placement(draft, found.value, node_id=node_id, seen=seen)
+    instance = found.value if adopted is None else adopted
+    if instance.node_id != node_id:
+        return False
+    changed = fold(instance, seen, now=draft.now, authoritative=authoritative or adopted is not None)
     if changed is not None:
         draft.put(keys.instance(seen.instance_id), changed)
     return True

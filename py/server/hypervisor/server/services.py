@@ -76,10 +76,14 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Versioned(Generic[T]):
-    """A record and the store revision of its last change (what users see as ``resource_version``)."""
+    """A record and the store revision of its last change (what users see as ``resource_version``).
+
+    ``unknown``: members of it that only a later version knows; see ``core.unknown_members``.
+    """
 
     value: T
     revision: int
+    unknown: Mapping[str, object] | None = None
 
 
 @dataclass(frozen=True, slots=True)

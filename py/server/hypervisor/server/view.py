@@ -167,6 +167,11 @@ class StoreView:
         config = self._state.find(keys.CLUSTER_CONFIG)
         return config.value.cluster_id if config is not None else ""
 
+    @property
+    def restoring(self) -> bool:
+        """Whether the records of a backup are being put in, or a restore broke off."""
+        return self._state.mod_revision(keys.RESTORING.path) > 0
+
     # --- following
 
     async def loaded(self) -> None:

@@ -10,6 +10,7 @@ from grpc_reflection.v1alpha import reflection
 
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import FailedPrecondition
+from hypervisor.server.api.backups import BackupHandlers
 from hypervisor.server.api.console import ConsoleHandlers
 from hypervisor.server.api.drains import DrainHandlers
 from hypervisor.server.api.encoding import Encoder
@@ -22,20 +23,24 @@ from hypervisor.server.api.nodes import About, ClusterIdentity, NodeHandlers
 from hypervisor.server.api.operations import OperationHandlers
 from hypervisor.server.api.placements import PlacementHandlers
 from hypervisor.server.api.rpc import Dispatcher
+from hypervisor.server.backups import Backups
 from hypervisor.server.explaining import Explainer
 from hypervisor.server.images.contract import Images
 from hypervisor.server.services import ClusterView, Instances, Maintenance, Moves, Nodes, Operations
-from hypervisor.v1 import cluster_pb2, compute_pb2, image_pb2, maintenance_pb2, operation_pb2
+from hypervisor.v1 import backup_pb2, cluster_pb2, compute_pb2, image_pb2, maintenance_pb2, operation_pb2
 from hypervisor.wire.flow import STREAM_OPTIONS
 
 __all__ = ["Api", "ApiServer", "make_server"]
 
+_BACKUP = backup_pb2.DESCRIPTOR.services_by_name["BackupService"]
 _CLUSTER = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"]
 _COMPUTE = compute_pb2.DESCRIPTOR.services_by_name["ComputeService"]
 _MAINTENANCE = maintenance_pb2.DESCRIPTOR.services_by_name["MaintenanceService"]
 _IMAGE = image_pb2.DESCRIPTOR.services_by_name["ImageService"]
 _OPERATION = operation_pb2.DESCRIPTOR.services_by_name["OperationService"]
-SERVICE_NAMES = tuple(service.full_name for service in (_CLUSTER, _COMPUTE, _IMAGE, _OPERATION, _MAINTENANCE))
+SERVICE_NAMES = tuple(
+    service.full_name for service in (_BACKUP, _CLUSTER, _COMPUTE, _IMAGE, _MAINTENANCE, _OPERATION)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,7 @@ class Api:
     operations: Operations
     images: Images
     explainer: Explainer
+    backups: Backups
     clock: Clock
     about: About
 
@@ -77,6 +83,7 @@ class Api:
                     _CLUSTER, nodes.handlers | events.handlers | placements.cluster | drains.cluster
                 ),
                 dispatcher.service(_MAINTENANCE, drains.maintenance),
+                dispatcher.service(_BACKUP, BackupHandlers(self.backups).handlers),
                 dispatcher.service(_IMAGE, images.handlers),
                 dispatcher.service(_OPERATION, operations.handlers),
             )

@@ -135,7 +135,7 @@ class Reconciler:
         history = HistoryKeeper(keep_s=self._settings.history_s, interval_s=self._settings.history_interval_s)
         while True:
             self._changed.clear()
-            if not self._view.stale:
+            if not self._view.stale and not self._view.restoring:
                 await self.step(fence)
                 await self._forget_history(history)
             try:
