@@ -19,6 +19,7 @@
       affinity: [app=db@hypervisor/zone]              # required; as a mapping it can be preferred:
       anti_affinity: [{selector: app=web, preferred: true, weight: 50}]
       spread: [app=web@hypervisor/zone]
+      move: {strategy: stop, healthy_after: 10s, allow_disk_loss: true}
 
 What only machines have is in :mod:`.manifest_machine`.
 """
@@ -40,7 +41,9 @@ from hypervisor.v1.instance_pb2 import (
     AffinityTerm,
     DesiredState,
     Instance,
+    InstanceSpec,
     InstanceType,
+    MoveStrategy,
     PlacementPolicy,
     SpreadTerm,
     Toleration,
@@ -65,6 +68,7 @@ _SPEC_KEYS = (
     ),
     *("command", "env", "working_dir", "pids_limit", "node_selector", "placement_policy", "node"),
     *("tolerations", "affinity", "anti_affinity", "spread"),
+    "move",
     *MACHINE_KEYS,
 )
 _TOP_KEYS = ("name", "type", "project", "labels", "desired_state", "spec")
@@ -170,6 +174,8 @@ class _Reader:
                 spec.anti_affinity.extend(self.each(child, path, self._affinity))
             elif key == "spread":
                 spec.spread.extend(self.each(child, path, self._spread))
+            elif key == "move":
+                self._move(child, path, spec)
             elif key in MACHINE_KEYS:
                 read_machine(self, key, child, path, spec)
             else:
@@ -180,6 +186,18 @@ class _Reader:
             self.wrong(_line(node), path, "must be a list")
             return []
         return [read(child, f"{path}[{number}]") for number, child in enumerate(node.value)]
+
+    def _move(self, node: yaml.Node, path: str, spec: InstanceSpec) -> None:
+        spec.move.SetInParent()
+        for key, child in self.mapping(node, path, ("strategy", "healthy_after", "allow_disk_loss")).items():
+            at = f"{path}.{key}"
+            if key == "strategy":
+                spec.move.strategy = self.enum(child, at, MoveStrategy, "MOVE_STRATEGY_", MoveStrategy.values)
+            elif key == "healthy_after":
+                seconds = self._converted(child, at, quantities.duration_s, 0.0)
+                spec.move.healthy_after.FromNanoseconds(int(seconds * 1e9))
+            else:
+                spec.move.allow_disk_loss = self.flag(child, at)
 
     def _toleration(self, node: yaml.Node, path: str) -> Toleration:
         return self._converted(node, path, toleration_of, Toleration())

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hypervisor.v1.cluster_pb2_grpc import ClusterServiceStub
     from hypervisor.v1.compute_pb2_grpc import ComputeServiceStub
     from hypervisor.v1.image_pb2_grpc import ImageServiceStub
+    from hypervisor.v1.maintenance_pb2_grpc import MaintenanceServiceStub
     from hypervisor.v1.operation_pb2_grpc import OperationServiceStub
 
 __all__ = ["READ_TIMEOUT_S", "Deadline", "Session", "open_channel", "translated", "was_never_sent"]
@@ -120,6 +121,13 @@ class Session:
         from hypervisor.v1.image_pb2_grpc import ImageServiceStub
 
         return ImageServiceStub(self.channel)
+
+    @cached_property
+    def maintenance(self) -> "MaintenanceServiceStub":
+        """Drains and budgets."""
+        from hypervisor.v1.maintenance_pb2_grpc import MaintenanceServiceStub
+
+        return MaintenanceServiceStub(self.channel)
 
     @cached_property
     def backups(self) -> "BackupServiceStub":

@@ -21,8 +21,10 @@ def adopt_placement(draft: Draft, instance: Instance, *, node_id: str, seen: Obs
 
     What it holds goes from the one node to the other, also where that is then more than the node has: it is there.
     """
-    if seen.epoch <= instance.epoch:
-        return None
+    if seen.epoch < instance.next_epoch:
+        return None  # as new as the record, or of a move that came to nothing
+    if instance.move is not None:
+        return None  # whoever drives the move settles where it is
     adopted = structs.replace(
         instance,
         node_id=node_id,

@@ -126,6 +126,8 @@ async def run_server(
             view=plane.view,
             identity=plane.view,
             instances=plane.instances,
+            moves=plane.moves,
+            maintenance=plane.maintenance,
             nodes=plane.nodes,
             operations=plane.operations,
             images=plane.images,

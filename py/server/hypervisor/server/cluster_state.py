@@ -15,6 +15,7 @@ from hypervisor.core.images import Image
 from hypervisor.core.model import Allocation, Instance, Node, OperationRecord, decode, encode
 from hypervisor.core.unknown_members import find_unknown
 from hypervisor.server import keys
+from hypervisor.server.draining.records import Budget, DrainRecord
 from hypervisor.server.keys import RecordKey
 from hypervisor.server.records import ServerRecord
 from hypervisor.server.services import ClusterChange, Kind, Versioned
@@ -115,6 +116,8 @@ class ClusterState:
         self.unfinished: dict[str, Versioned[OperationRecord]] = {}
         self.allocations: dict[str, Versioned[Allocation]] = {}
         self.images: dict[str, Versioned[Image]] = {}
+        self.drains: dict[str, Versioned[DrainRecord]] = {}
+        self.budgets: dict[tuple[str, str], Versioned[Budget]] = {}
         self.image_names: dict[str, dict[str, str]] = {}
         """Of the images with some content (by digest): their names by id."""
         self._instances_on: dict[str, dict[str, None]] = {}
@@ -216,6 +219,10 @@ class ClusterState:
                 self.allocations[a.node_id] = record
             case ServerRecord() as server:
                 self._servers[server.id] = record
+            case DrainRecord() as drain:
+                self.drains[drain.node_id] = record
+            case Budget() as budget:
+                self.budgets[budget.project, budget.name] = record
             case Image() as image:
                 self.images[image.id] = record
                 self.image_names.setdefault(image.sha256, {})[image.id] = image.name
@@ -241,6 +248,10 @@ class ClusterState:
                 del self.allocations[a.node_id]
             case ServerRecord() as server:
                 del self._servers[server.id]
+            case DrainRecord() as drain:
+                del self.drains[drain.node_id]
+            case Budget() as budget:
+                del self.budgets[budget.project, budget.name]
             case Image() as image:
                 del self.images[image.id]
                 names = self.image_names[image.sha256]

@@ -10,6 +10,8 @@
     /hypervisor/hostnames/{hostname}     HostnameClaim  makes host names unique
     /hypervisor/images/{id}              Image
     /hypervisor/image-names/{project}/{name}  ImageClaim  makes names of images unique
+    /hypervisor/drains/{node id}         DrainRecord    written with the node's cordon, and by the leader
+    /hypervisor/budgets/{project}/{name} Budget
     /hypervisor/leases/nodes/{id}        NodeLease      bound to a lease: the agent is alive
     /hypervisor/leases/servers/{id}      ServerRecord   bound to a lease: the server is alive
     /hypervisor/config/cluster           ClusterConfig
@@ -27,6 +29,7 @@ import msgspec
 
 from hypervisor.core.images import Image
 from hypervisor.core.model import Allocation, Instance, Node, OperationRecord
+from hypervisor.server.draining.records import Budget, DrainRecord
 from hypervisor.server.records import (
     ClusterConfig,
     HostnameClaim,
@@ -48,6 +51,8 @@ __all__ = [
     "SESSIONS",
     "RecordKey",
     "allocation",
+    "budget",
+    "drain",
     "hostname",
     "image",
     "image_name",
@@ -118,6 +123,16 @@ def image_name(project: str, name_of_image: str) -> RecordKey[ImageClaim]:
     return RecordKey(f"{PREFIX}image-names/{project}/{name_of_image}", ImageClaim)
 
 
+def drain(node_id: str) -> RecordKey[DrainRecord]:
+    """The last drain of the node, or return to it."""
+    return RecordKey(f"{PREFIX}drains/{node_id}", DrainRecord)
+
+
+def budget(project: str, budget_name: str) -> RecordKey[Budget]:
+    """A disruption budget."""
+    return RecordKey(f"{PREFIX}budgets/{project}/{budget_name}", Budget)
+
+
 def node_lease(node_id: str) -> RecordKey[NodeLease]:
     """Exists while the node's agent is alive."""
     return RecordKey(f"{PREFIX}leases/nodes/{node_id}", NodeLease)
@@ -142,6 +157,8 @@ _FAMILIES: Mapping[str, type[msgspec.Struct]] = MappingProxyType(
         "hostnames/": HostnameClaim,
         "images/": Image,
         "image-names/": ImageClaim,
+        "drains/": DrainRecord,
+        "budgets/": Budget,
         "leases/nodes/": NodeLease,
         "leases/servers/": ServerRecord,
         "config/cluster": ClusterConfig,

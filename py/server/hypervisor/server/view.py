@@ -24,6 +24,7 @@ from hypervisor.core.images import Image
 from hypervisor.core.model import Allocation, Instance, Node, OperationRecord
 from hypervisor.server import keys
 from hypervisor.server.cluster_state import ClusterState, Update, cluster_changes, decode_item
+from hypervisor.server.draining.records import Budget, DrainRecord
 from hypervisor.server.keys import RecordKey
 from hypervisor.server.recent_changes import RecentChanges
 from hypervisor.server.records import ServerRecord
@@ -136,6 +137,18 @@ class StoreView:
     def image_names(self, digest: str) -> tuple[str, ...]:
         """Names of the images that have this content."""
         return tuple(self._state.image_names.get(digest, {}).values())
+
+    def drain(self, node_id: str) -> Versioned[DrainRecord] | None:
+        """The last drain of the node, or return to it, under way or over."""
+        return self._state.drains.get(node_id)
+
+    def drains(self) -> Iterable[Versioned[DrainRecord]]:
+        """All of them."""
+        return self._state.drains.values()
+
+    def budgets(self) -> Iterable[Versioned[Budget]]:
+        """All disruption budgets."""
+        return self._state.budgets.values()
 
     def node_alive(self, node_id: str) -> bool:
         """Whether the node's lease exists."""

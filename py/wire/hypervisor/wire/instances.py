@@ -26,6 +26,7 @@ from hypervisor.wire.machines import (
     vm_from_wire,
     vm_to_wire,
 )
+from hypervisor.wire.moves import move_to_wire, policy_from_wire, policy_to_wire
 from hypervisor.wire.stats import stats_to_wire
 from hypervisor.wire.times import datetime_of, timestamp_of
 
@@ -63,6 +64,7 @@ def spec_to_wire(spec: InstanceSpec) -> instance_pb2.InstanceSpec:
         networks=map(network_to_wire, spec.networks),
         vm=vm_to_wire(spec.vm),
         microvm=microvm_to_wire(spec.microvm),
+        move=policy_to_wire(spec.move),
     )
 
 
@@ -91,6 +93,7 @@ def spec_from_wire(spec: instance_pb2.InstanceSpec) -> InstanceSpec:
         networks=tuple(map(network_from_wire, spec.networks)),
         vm=vm_from_wire(spec),
         microvm=microvm_from_wire(spec),
+        move=policy_from_wire(spec),
     )
 
 
@@ -122,6 +125,8 @@ def instance_to_wire(
         runtime_reason=instance.runtime_reason,
         updated_at=timestamp_of(instance.updated_at),
         placement=None if instance.placement is None else record_to_wire(instance.placement),
+        move=move_to_wire(instance),
+        home_node_id=instance.home,
     )
     if instance.exit_code is not None:
         message.exit_code = instance.exit_code

@@ -10,6 +10,7 @@ from hypervisor.core.images import IMAGE_PREFIX, image_name_of
 from hypervisor.core.names import check_dns_label, check_labels, shorten
 from hypervisor.core.states import DesiredState, InstanceType
 from hypervisor.server.api.machine_requests import check_machine
+from hypervisor.server.api.move_requests import check_move_policy
 from hypervisor.server.api.placement_requests import check_placement
 from hypervisor.server.api.violations import MAX_OBJECT_NAME, Violations
 from hypervisor.server.services import InstanceDraft, InstanceRef, StopOptions
@@ -65,6 +66,8 @@ _OUTPUT_ONLY = (
     "runtime_reason",
     "updated_at",
     "placement",
+    "move",
+    "home_node_id",
 )
 _MACHINE_FIELDS = ("kernel_path", "initrd_path", "kernel_args")
 _CONTAINER_FIELDS = ("command", "env", "working_dir", "pids_limit")
@@ -80,6 +83,7 @@ VersionedRequest = (
     | compute_pb2.CreateSnapshotRequest
     | compute_pb2.RestoreSnapshotRequest
     | compute_pb2.DeleteSnapshotRequest
+    | compute_pb2.MoveInstanceRequest
 )
 """Requests that change one instance that exists."""
 
@@ -165,6 +169,7 @@ def _check_spec(
     _check_command(wrong, spec.command, at)
     _check_env(wrong, spec.env, at)
     check_placement(wrong, spec, at)
+    check_move_policy(wrong, spec, at)
     if spec.placement_policy != 0 and PLACEMENT_POLICY.from_wire(spec.placement_policy) is None:
         wrong.add(f"{at}placement_policy", "is not known: use SPREAD or BINPACK, or leave it empty")
     if len(spec.node) > MAX_OBJECT_NAME:

@@ -1,10 +1,11 @@
 """Carries out what ``decide`` says, on the elected leader only, every commit fenced."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import structlog
 
@@ -26,6 +27,7 @@ from hypervisor.server.reconcile.decide import (
     PurgeOperation,
     RedriveOperation,
     RemoveLeftover,
+    RemoveOldCopy,
     Situation,
     decide,
 )
@@ -34,7 +36,10 @@ from hypervisor.server.services import ClusterChange, Kind, Versioned
 from hypervisor.server.store.storage import Compare, Election, Storage
 from hypervisor.server.view import StoreView
 
-__all__ = ["Reconciler", "ReconcilerSettings"]
+__all__ = ["Duty", "Reconciler", "ReconcilerSettings"]
+
+Duty = Callable[[Compare], Coroutine[Any, Any, None]]
+"""Work that goes on while this server leads, and is cancelled when it does no longer; every commit with the fence."""
 
 _INSPECT_TIMEOUT_S = 10.0
 _PARALLEL = 64
@@ -71,6 +76,7 @@ class Reconciler:
         *,
         server_id: str,
         settings: ReconcilerSettings | None = None,
+        duties: Sequence[Duty] = (),
     ) -> None:
         self._storage = storage
         self._view = view
@@ -80,6 +86,7 @@ class Reconciler:
         self._clock = clock
         self._server_id = server_id
         self._settings = settings or ReconcilerSettings()
+        self._duties = tuple(duties)
         self._changed = asyncio.Event()
         self._leading = False
         self._next_purge = clock.monotonic()
@@ -109,17 +116,19 @@ class Reconciler:
 
     async def _lead_until_lost(self, election: Election, fence: Compare) -> None:
         losing = asyncio.create_task(election.lost(), name="leadership")
-        leading = asyncio.create_task(self._lead(fence), name="reconcile")
+        leading = {asyncio.create_task(self._lead(fence), name="reconcile")}
+        leading |= {asyncio.create_task(duty(fence), name="duty") for duty in self._duties}
         self._leading = True
         try:
-            await asyncio.wait({losing, leading}, return_when=asyncio.FIRST_COMPLETED)
-            if leading.done():
-                leading.result()
+            await asyncio.wait({losing, *leading}, return_when=asyncio.FIRST_COMPLETED)
+            for task in leading:
+                if task.done():
+                    task.result()
         finally:
             self._leading = False
-            for task in (losing, leading):
+            for task in (losing, *leading):
                 task.cancel()
-            await asyncio.wait({losing, leading})
+            await asyncio.wait({losing, *leading})
 
     async def _lead(self, fence: Compare) -> None:
         await self._view.wait_revision(fence.mod_revision)
@@ -190,6 +199,8 @@ class Reconciler:
                     await self._executor.take_over(operation_id)
                 case RemoveLeftover(instance_id):
                     self._executor.remove_leftover(instance_id)
+                case RemoveOldCopy(instance_id):
+                    self._executor.remove_old_copy(instance_id)
                 case InspectNode(node_id):
                     await self._inspect(node_id, fence)
                 case PurgeOperation(operation_id):
