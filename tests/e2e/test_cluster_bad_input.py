@@ -201,10 +201,3 @@ def test_reflection_and_health_are_on(cluster: ProgramCluster) -> None:
         "hypervisor.v1.OperationService",
     } <= set(services)
     assert health.status == health_pb2.HealthCheckResponse.SERVING
-
-
-def test_what_comes_later_says_so(cluster: ProgramCluster) -> None:
-    refusal = cluster.ctl("node", "drain", cluster.hostname)
-
-    assert refusal.code != 0
-    assert "cordon" in refusal.err

@@ -15,8 +15,10 @@ from hvtest_driver_stats import sampled
 from hvtest_driver_watching import events_of, read_until, the_end
 from hvtest_microvms import FirecrackerBench, answer, assignment, pid_of, root_of, started
 from hypervisor.agent.drivers.microvm import MicrovmDriver
+from hypervisor.agent.drivers.microvm.firecracker import FirecrackerVmm
 from hypervisor.agent.drivers.microvm.processes import end_now
 from hypervisor.agent.drivers.microvm.records import RecordStore
+from hypervisor.agent.drivers.microvm.vmm import Machine
 from hypervisor.core.errors import FailedPrecondition, InvalidArgument
 from hypervisor.core.machines import MicrovmOptions, RateLimit, SnapshotKind
 from hypervisor.core.model import Sizes
@@ -148,6 +150,27 @@ async def test_a_guest_that_hears_is_stopped_politely(node: FirecrackerBench, mi
 
     assert (stopped.status, stopped.reason, stopped.exit_code) == (InstanceStatus.STOPPED, "EXITED", 0)
     await read_until(console, b"BYE\r\n")
+
+
+async def test_a_guest_that_does_not_hear_at_first_is_asked_anew(
+    node: FirecrackerBench, micro: MicrovmDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hypervisor.agent.drivers.microvm.driver.ASK_AGAIN_S", 0.3)
+    ask = FirecrackerVmm.ask_to_stop
+    asked = 0
+
+    async def missed_at_first(vmm: FirecrackerVmm, machine: Machine) -> bool:
+        nonlocal asked
+        asked += 1
+        return True if asked < 3 else await ask(vmm, machine)
+
+    monkeypatch.setattr(FirecrackerVmm, "ask_to_stop", missed_at_first)
+    instance_id = await started(micro, node.shell())
+    await answer(micro, instance_id, "echo up", "up\r\nup\r\n")
+
+    stopped = await micro.stop(instance_id, grace_s=20.0)
+
+    assert (stopped.status, stopped.reason, asked) == (InstanceStatus.STOPPED, "EXITED", 3)
 
 
 async def test_a_guest_that_is_deaf_is_ended_by_force_after_its_grace(

@@ -53,6 +53,7 @@ records = st.builds(
     node_id=st.sampled_from((HERE, HERE, THERE)),
     generation=st.integers(1, 2),
     epoch=st.integers(1, 3),
+    last_epoch=st.sampled_from((0, 0, 3, 4)),
     operation_id=st.sampled_from(("", "", "op-1")),
     observed_sequence=st.integers(0, 9),
     resizing=st.none() | st.just(Sizes(cpu_millis=2000, memory_mb=512)),
@@ -61,7 +62,7 @@ copies = st.builds(
     Observation,
     instance_id=st.just(""),
     generation=st.integers(1, 2),
-    epoch=st.integers(1, 3),
+    epoch=st.integers(1, 5),
     status=st.sampled_from((S.RUNNING, S.STOPPED, S.FAILED, S.PAUSED)),
     observed_at=st.just(NOW),
     sequence=st.integers(10, 19),
@@ -118,6 +119,15 @@ class World:
 
     def carry_out(self, action: NodeAction, since: Mapping[str, float]) -> None:
         match action:
+            case TakeIn(seen) if seen.epoch >= self.records[seen.instance_id].next_epoch:
+                # As adopt_placement does it.
+                self.records[seen.instance_id] = structs.replace(
+                    self.records[seen.instance_id],
+                    node_id=HERE,
+                    epoch=seen.epoch,
+                    generation=max(self.records[seen.instance_id].generation, seen.generation),
+                    observed_sequence=0,
+                )
             case TakeIn(seen):
                 taken = fold(self.records[seen.instance_id], seen, now=NOW)
                 assert taken is not None
@@ -152,12 +162,12 @@ class World:
         # In place of what is left of a lost one at most: no second copy.
         assert copy is None or copy.reason == "RUNTIME_LOST"
         self.records[instance_id] = structs.replace(
-            record, epoch=epoch + 1, status=S.CREATING, observed_sequence=0
+            record, epoch=record.next_epoch, status=S.CREATING, observed_sequence=0
         )
         self.copies[instance_id] = Observation(
             instance_id=instance_id,
             generation=record.generation,
-            epoch=epoch + 1,
+            epoch=self.records[instance_id].epoch,
             status=S.CREATING,
             observed_at=NOW,
         )
@@ -171,7 +181,8 @@ class World:
             assert seen.instance_id in self.deleted or known_s >= GRACE_S
             return
         assert not record.operation_id
-        assert (seen.epoch, seen.generation) < (record.epoch, record.generation)
+        undone = record.epoch < seen.epoch <= record.last_epoch and record.node_id != HERE
+        assert undone or (seen.epoch, seen.generation) < (record.epoch, record.generation)
 
 
 @st.composite
@@ -187,7 +198,7 @@ def settled(world: World, record: Instance) -> bool:
     if copy is None:
         return record.status is S.FAILED and record.status_reason == "LOST"
     if copy.epoch > record.epoch or copy.generation > record.generation:
-        return True
+        return copy.epoch <= max(record.epoch, record.last_epoch)  # else the record follows
     same = (copy.epoch, copy.generation) == (record.epoch, record.generation)
     idle = record.desired is not DesiredState.STOPPED or copy.status not in ACTIVE
     return same and idle
@@ -222,7 +233,8 @@ def test_records_of_what_is_wanted_stay(world: World) -> None:
     assert world.records.keys() == before.keys()
     for instance_id, record in world.records.items():
         assert record.desired is before[instance_id].desired
-        assert record.node_id == before[instance_id].node_id
+        adopted = record.epoch > before[instance_id].epoch and record.node_id == HERE
+        assert adopted or record.node_id == before[instance_id].node_id
         if before[instance_id].operation_id:
             assert record == before[instance_id]
 

@@ -91,7 +91,7 @@ class MemoryAgent:
             known = self.held.get(instance.id)
             if known is not None and known.instance.epoch > instance.epoch:
                 raise FailedPrecondition("older epoch", reason="STALE_EPOCH")
-            if known is None:
+            if known is None or known.instance.epoch < instance.epoch:
                 status = InstanceStatus.RUNNING if start else InstanceStatus.STOPPED
                 self.held[instance.id] = _Held(instance, status, 0)
                 if start and self.exits_at_once is not None:
@@ -120,6 +120,9 @@ class MemoryAgent:
 
     async def delete(self, instance: Instance, context: CallContext, *, grace_s: float) -> bool:
         async with self._serve("delete", instance.id, context):
+            known = self.held.get(instance.id)
+            if known is not None and known.instance.epoch > instance.epoch:
+                raise FailedPrecondition("older epoch", reason="STALE_EPOCH")
             return self.held.pop(instance.id, None) is not None
 
     async def delete_copy(self, seen: Observation, context: CallContext) -> bool:

@@ -215,7 +215,10 @@ async def until(condition: Callable[[], bool], *, timeout_s: float = 10.0) -> No
 
 
 async def allocation_is_sum(storage: Storage) -> dict[str, Allocation]:
-    """Assert, in the store itself, that each allocation is the sum of the instances placed; returns them."""
+    """Assert, in the store itself, that each allocation is the sum of what is placed and what moves hold there.
+
+    Returns them.
+    """
     page = await storage.list(keys.PREFIX, limit=10_000)
     assert not page.next_key
     instances = [
@@ -226,8 +229,10 @@ async def allocation_is_sum(storage: Storage) -> dict[str, Allocation]:
         if item.key.startswith(keys.allocation("").path):
             held = decode(Allocation, item.value, key=item.key)
             placed = [i for i in instances if i.node_id == held.node_id]
-            assert held.reserved == sum((i.holds for i in placed), ZERO), held
-            assert held.instances == len(placed), held
+            moves = [i.holds_elsewhere for i in instances if i.holds_elsewhere is not None]
+            moving = [amount for node_id, amount in moves if node_id == held.node_id]
+            assert held.reserved == sum((*(i.holds for i in placed), *moving), ZERO), held
+            assert held.instances == len(placed) + len(moving), held
             allocations[held.node_id] = held
     names = {i.key for i in page.items if i.key.startswith("/hypervisor/names/")}
     assert names == {keys.name(i.project, i.name).path for i in instances}

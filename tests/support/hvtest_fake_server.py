@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 
+from hvtest_fake_maintenance import FakeMaintenance
 from hvtest_fake_placement import FakePlacement, explained
 from hvtest_fake_state import RUNNING, STOPPED, FakeState, Stop, refuse
 from hypervisor.core import errors
@@ -24,6 +25,7 @@ from hypervisor.v1 import (
     compute_pb2,
     compute_pb2_grpc,
     instance_pb2,
+    maintenance_pb2_grpc,
     node_pb2,
     operation_pb2,
     operation_pb2_grpc,
@@ -36,6 +38,7 @@ _CONSOLE_BANNER = b"Welcome to the console\r\n$ "
 
 class FakeServer(
     FakePlacement,
+    FakeMaintenance,
     FakeState,
     cluster_pb2_grpc.ClusterServiceServicer,
     compute_pb2_grpc.ComputeServiceServicer,
@@ -44,7 +47,8 @@ class FakeServer(
     """Start it with ``with``; ``address`` says where it is."""
 
     def __init__(self, *, now_s: int = 1_700_000_000) -> None:
-        super().__init__(now_s=now_s)
+        FakeState.__init__(self, now_s=now_s)
+        FakeMaintenance.__init__(self)
         self.address = ""
         self._server: grpc.Server | None = None
 
@@ -61,6 +65,7 @@ class FakeServer(
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(self, server)
         compute_pb2_grpc.add_ComputeServiceServicer_to_server(self, server)
         operation_pb2_grpc.add_OperationServiceServicer_to_server(self, server)
+        maintenance_pb2_grpc.add_MaintenanceServiceServicer_to_server(self, server)
         port = server.add_insecure_port(address)
         server.start()
         self._server, self.address = server, f"127.0.0.1:{port}"
@@ -133,16 +138,6 @@ class FakeServer(
             self._record("node", node, cluster_pb2.Event.TYPE_DELETED, "DEREGISTERED")
 
         return self._operate("DeregisterNode", "deregister", "node", request, context, act)
-
-    def DrainNode(self, request: Any, context: Any) -> Iterator[cluster_pb2.DrainNodeProgress]:
-        self._enter("DrainNode", request, context)
-        refuse(
-            context,
-            errors.Unimplemented(
-                "moving instances between nodes is not there yet: cordon the node", reason="NO_DRAIN"
-            ),
-        )
-        yield cluster_pb2.DrainNodeProgress()
 
     def WatchEvents(self, request: Any, context: Any) -> Iterator[cluster_pb2.Event]:
         self._enter("WatchEvents", request, context)

@@ -15,6 +15,7 @@ from hvtest_agent_waiting import within
 from hvtest_driver_watching import events_of
 from hypervisor.agent.drivers.driver import Assignment
 from hypervisor.agent.drivers.libvirt import LibvirtConfig, LibvirtDriver
+from hypervisor.agent.drivers.libvirt.machines import Machines
 from hypervisor.core.clock import SystemClock
 from hypervisor.core.errors import FailedPrecondition, NotFound
 from hypervisor.core.ids import new_id
@@ -134,3 +135,26 @@ async def test_the_driver_says_that_no_guests_are_run(driver: LibvirtDriver, tmp
     assert "test driver" in seen.runtime_reason
     with pytest.raises(FailedPrecondition):
         await driver.attach(made.instance_id)
+
+
+async def test_a_guest_that_misses_the_power_button_is_asked_anew(
+    driver: LibvirtDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hypervisor.agent.drivers.libvirt.driver.ASK_AGAIN_S", 0.3)
+    press = Machines.press_power_button
+    pressed = 0
+
+    async def missed_at_first(machines: Machines, instance_id: str) -> None:
+        nonlocal pressed
+        pressed += 1
+        if pressed == 3:
+            await press(machines, instance_id)
+
+    monkeypatch.setattr(Machines, "press_power_button", missed_at_first)
+    asked = _assignment(tmp_path)
+    await driver.create(asked)
+    await driver.start(asked.instance_id)
+
+    stopped = await driver.stop(asked.instance_id, grace_s=60.0)
+
+    assert (stopped.status, stopped.reason, pressed) == (InstanceStatus.STOPPED, "EXITED", 3)

@@ -266,17 +266,6 @@ async def test_bytes_that_are_no_message_are_the_callers_fault(server: WholeServ
     assert "hypervisor.v1.GetInstanceRequest" in message
 
 
-async def test_draining_says_why_it_is_not_there_and_what_to_do(server: WholeServer) -> None:
-    async def drain() -> None:
-        async for _ in server.cluster.DrainNode(cluster_pb2.DrainNodeRequest(node="node-1")):
-            pass
-
-    code, reason, message = await refusal(drain())
-
-    assert (code, reason) == (Code.UNIMPLEMENTED, "DRAIN_NOT_IMPLEMENTED")
-    assert "cordon the node" in message
-
-
 async def test_an_error_carries_the_request_id_of_the_call(server: WholeServer) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as failed:
         await server.compute.GetInstance(

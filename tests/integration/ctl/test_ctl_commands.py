@@ -366,14 +366,6 @@ def test_nodes(server, ctl):
     assert ctl("node", "get", "node-1").code == 3
 
 
-def test_drain_says_why_not(server, ctl):
-    server.add_node("node-1")
-
-    done = ctl("node", "drain", "node-1")
-
-    assert (done.code, "not there yet" in done.err) == (1, True)
-
-
 def test_cluster_info_and_version(server, ctl):
     assert "Store:           sqlite" in ctl("cluster", "info").out
     assert ctl("version", "-o", "json").json["server"] == "0.1.0"

@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from msgspec import structs
 
 from hypervisor.core.model import Instance, InstanceSpec, Node, OperationRecord
+from hypervisor.core.moves import MovePhase, MoveRecord, MoveStrategy
 from hypervisor.core.states import (
     DesiredState,
     InstanceStatus,
@@ -21,6 +22,7 @@ from hypervisor.server.reconcile.decide import (
     PurgeOperation,
     RedriveOperation,
     RemoveLeftover,
+    RemoveOldCopy,
     Situation,
     decide,
 )
@@ -131,3 +133,32 @@ def test_ended_operations_are_kept_for_their_time() -> None:
     kept = operation(state=OperationState.FAILED, finished_at=NOW - timedelta(hours=23))
     assert decided(operations=[ended], servers=()) == (PurgeOperation("op-1"),)
     assert decided(operations=[kept], servers=()) == ()
+
+
+def moved(**changes: object) -> Instance:
+    """On n-2, with an old copy on n-1 that is not removed yet."""
+    move = MoveRecord(
+        strategy=MoveStrategy.REPLACE,
+        phase=MovePhase.CLEANING,
+        source="n-1",
+        source_epoch=1,
+        target="n-2",
+        target_epoch=2,
+        started_at=NOW,
+    )
+    return instance(node_id="n-2", epoch=2, move=move, **changes)
+
+
+def test_what_a_move_left_is_removed_once_its_node_is_there() -> None:
+    both = {"alive": ("n-1", "n-2")}
+    offline = [node("n-1", status=NodeStatus.OFFLINE), node("n-2")]
+
+    assert decided(nodes=[node("n-1"), node("n-2")], instances=[moved()], **both) == (RemoveOldCopy("i-1"),)
+    assert decided(nodes=offline, instances=[moved()], alive=("n-2",)) == ()
+    assert decided(nodes=[node("n-2")], instances=[moved()], alive=("n-2",)) == ()
+    # Whoever moves it does that.
+    assert decided(nodes=[node("n-1"), node("n-2")], instances=[moved(operation_id="op-1")], **both) == ()
+
+
+def test_drains_are_nobodys_to_redrive() -> None:
+    assert decided(operations=[operation(verb="drain", server_id="s-dead")]) == ()

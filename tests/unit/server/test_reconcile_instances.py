@@ -7,6 +7,8 @@ import pytest
 from msgspec import structs
 
 from hypervisor.core.model import Instance, InstanceSpec, Observation, Sizes
+from hypervisor.core.moves import MovePhase, MoveRecord, MoveStrategy
+from hypervisor.core.resources import ZERO
 from hypervisor.core.restarts import RestartCondition, RestartPolicy, Restarts
 from hypervisor.core.states import DesiredState, InstanceStatus, InstanceType
 from hypervisor.server.reconcile.instances import (
@@ -121,10 +123,41 @@ def test_an_older_copy_of_what_is_placed_here_is_removed() -> None:
         assert not action.unknown
 
 
-def test_a_copy_that_is_newer_than_its_record_is_kept() -> None:
-    (action,) = actions([record()], [seen(epoch=4)])
+def test_a_record_follows_a_placement_that_it_never_heard_of() -> None:
+    newer = seen(epoch=4)
+
+    assert actions([record()], [newer]) == (TakeIn(newer),)
+    assert actions([], [newer], others=[record(node_id="n-2")]) == (TakeIn(newer),)
+
+
+def test_a_copy_of_a_later_specification_than_recorded_is_kept() -> None:
+    (action,) = actions([record()], [seen(generation=2)])
 
     assert isinstance(action, KeepOrphan)
+
+
+def test_a_copy_of_a_move_that_came_to_nothing_is_removed() -> None:
+    back = record(node_id="n-2", last_epoch=4)
+
+    (action,) = actions([], [seen(epoch=4)], others=[back])
+
+    assert isinstance(action, DeleteCopy)
+
+
+def test_what_a_move_is_about_is_left_to_it() -> None:
+    move = MoveRecord(
+        source="n-1",
+        source_epoch=3,
+        target="n-2",
+        target_epoch=4,
+        held=ZERO,
+        strategy=MoveStrategy.REPLACE,
+        phase=MovePhase.CLEANING,
+        started_at=NOW,
+    )
+
+    assert actions([], [seen()], others=[record(node_id="n-2", epoch=4, move=move)]) == ()
+    assert actions([record(spec=LASTING, move=move)]) == ()
 
 
 def test_what_the_record_does_not_know_is_taken_in() -> None:
@@ -191,9 +224,8 @@ def test_a_copy_that_was_placed_elsewhere_since_is_removed() -> None:
     assert not action.unknown
 
 
-@pytest.mark.parametrize("epoch", [3, 4])
-def test_a_copy_here_that_is_as_new_as_the_record_elsewhere_is_kept(epoch: int) -> None:
-    (action,) = actions([], [seen(epoch=epoch)], others=[record(node_id="n-2")])
+def test_a_copy_here_that_is_as_new_as_the_record_elsewhere_is_kept() -> None:
+    (action,) = actions([], [seen()], others=[record(node_id="n-2")])
 
     assert isinstance(action, KeepOrphan)
 

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 __all__ = ["ShardPlugin", "main", "split_arguments"]
 
@@ -71,6 +72,9 @@ def main(arguments: list[str], environ: dict[str, str]) -> int:
         plugins.append(shard)
     if status_file := environ.get("TEST_SHARD_STATUS_FILE"):
         Path(status_file).touch()  # tells Bazel that sharding is understood
+    # How long an example takes is a matter of what else the machine does.
+    settings.register_profile("bazel", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("bazel")
     code = int(pytest.main([*options, *extra, *modules], plugins=plugins))
     if code == pytest.ExitCode.NO_TESTS_COLLECTED and shard is not None and shard.emptied:
         return 0

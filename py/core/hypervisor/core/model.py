@@ -12,6 +12,7 @@ import msgspec
 
 from hypervisor.core.errors import Internal
 from hypervisor.core.machines import CloudInit, MicrovmOptions, NetworkInterface, SnapshotKind, VmOptions
+from hypervisor.core.moves import MovePolicy, MoveRecord
 from hypervisor.core.resources import GIB, MIB, ZERO, Resources
 from hypervisor.core.restarts import RestartPolicy, Restarts
 from hypervisor.core.states import (
@@ -165,6 +166,7 @@ class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     vm: VmOptions | None = None
     microvm: MicrovmOptions | None = None
     restart: RestartPolicy | None = None
+    move: MovePolicy | None = None
 
     @property
     def resources(self) -> Resources:
@@ -218,7 +220,23 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     images: dict[str, str] = {}
     """The images that ``spec`` names: their ids by name, as they were when it was created."""
     restarts: Restarts | None = None
+    move: MoveRecord | None = None
+    """Its move to another node, or what is left of one; see ``server/moving.py``."""
+    home: str = ""
+    """The node that a drain took it from, to which it may be brought back."""
+    last_epoch: int = 0
+    """The highest epoch that was ever given to a copy of it, where that is more than ``epoch``."""
     v: int = SCHEMA_VERSION
+
+    @property
+    def next_epoch(self) -> int:
+        """An epoch that no copy of it ever had."""
+        return max(self.epoch, self.last_epoch) + 1
+
+    @property
+    def holds_elsewhere(self) -> tuple[str, Resources] | None:
+        """What is reserved for it on a node besides its own (node id, amount), while it moves."""
+        return None if self.move is None else (self.move.other(self.node_id)[0], self.move.held)
 
     @property
     def holds(self) -> Resources:

@@ -19,6 +19,7 @@ _HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_
     places={
         "instance": Place("instances:instance", "Virtual machines, containers and microVMs."),
         "image": Place("images:image", "What instances boot or run."),
+        "budget": Place("budgets:budget", "How many instances drains have to leave alone."),
         "node": Place("nodes:node", "The machines that run them."),
         "operation": Place("operations:operation", "What was asked of the cluster, and what became of it."),
         "cluster": Place("cluster:cluster", "The cluster as a whole."),

@@ -20,6 +20,7 @@
       anti_affinity: [{selector: app=web, preferred: true, weight: 50}]
       spread: [app=web@hypervisor/zone]
       restart: on-failure      # never, always; more in :mod:`.manifest_restart`
+      move: {strategy: stop, healthy_after: 10s, allow_disk_loss: true}
 
 What only machines have is in :mod:`.manifest_machine`.
 """
@@ -42,7 +43,9 @@ from hypervisor.v1.instance_pb2 import (
     AffinityTerm,
     DesiredState,
     Instance,
+    InstanceSpec,
     InstanceType,
+    MoveStrategy,
     PlacementPolicy,
     SpreadTerm,
     Toleration,
@@ -67,6 +70,7 @@ _SPEC_KEYS = (
     ),
     *("command", "env", "working_dir", "pids_limit", "node_selector", "placement_policy", "node"),
     *("tolerations", "affinity", "anti_affinity", "spread"),
+    "move",
     *MACHINE_KEYS,
     "restart",
 )
@@ -175,6 +179,8 @@ class _Reader:
                 spec.spread.extend(self.each(child, path, self._spread))
             elif key == "restart":
                 read_restart(self, child, path, spec)
+            elif key == "move":
+                self._move(child, path, spec)
             elif key in MACHINE_KEYS:
                 read_machine(self, key, child, path, spec)
             else:
@@ -185,6 +191,18 @@ class _Reader:
             self.wrong(_line(node), path, "must be a list")
             return []
         return [read(child, f"{path}[{number}]") for number, child in enumerate(node.value)]
+
+    def _move(self, node: yaml.Node, path: str, spec: InstanceSpec) -> None:
+        spec.move.SetInParent()
+        for key, child in self.mapping(node, path, ("strategy", "healthy_after", "allow_disk_loss")).items():
+            at = f"{path}.{key}"
+            if key == "strategy":
+                spec.move.strategy = self.enum(child, at, MoveStrategy, "MOVE_STRATEGY_", MoveStrategy.values)
+            elif key == "healthy_after":
+                seconds = self.converted(child, at, quantities.duration_s, 0.0)
+                spec.move.healthy_after.FromNanoseconds(int(seconds * 1e9))
+            else:
+                spec.move.allow_disk_loss = self.flag(child, at)
 
     def _toleration(self, node: yaml.Node, path: str) -> Toleration:
         return self.converted(node, path, toleration_of, Toleration())

@@ -136,10 +136,13 @@ async def run_server(
             view=plane.view,
             identity=plane.view,
             instances=plane.instances,
+            moves=plane.moves,
+            maintenance=plane.maintenance,
             nodes=plane.nodes,
             operations=plane.operations,
             images=plane.images,
             explainer=plane.explainer,
+            backups=plane.backups,
             clock=clock,
             about=About(version=version, store_backend=settings.store.backend.value, started_at=clock.now()),
         ).register(server, dispatcher)

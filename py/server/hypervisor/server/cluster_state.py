@@ -12,8 +12,10 @@ import structlog
 
 from hypervisor.core.errors import Internal
 from hypervisor.core.images import Image
-from hypervisor.core.model import Allocation, Instance, Node, OperationRecord, decode
+from hypervisor.core.model import Allocation, Instance, Node, OperationRecord, decode, encode
+from hypervisor.core.unknown_members import find_unknown
 from hypervisor.server import keys
+from hypervisor.server.draining.records import Budget, DrainRecord
 from hypervisor.server.keys import RecordKey
 from hypervisor.server.records import ServerRecord
 from hypervisor.server.services import ClusterChange, Kind, Versioned
@@ -66,7 +68,9 @@ def decode_item(path: str, item: Item | None) -> Update:
             mod_revision=item.mod_revision,
         )
     try:
-        return Update(path, Versioned(decode(key.kind, item.value, key=path), item.mod_revision))
+        record = decode(key.kind, item.value, key=path)
+        unknown = find_unknown(item.value, encode(record))
+        return Update(path, Versioned(record, item.mod_revision, unknown))
     except Internal as exc:
         log.error("record_unreadable", key=path, revision=item.mod_revision, error=str(exc))
         return Update(path, None, error=exc, mod_revision=item.mod_revision)
@@ -112,6 +116,8 @@ class ClusterState:
         self.unfinished: dict[str, Versioned[OperationRecord]] = {}
         self.allocations: dict[str, Versioned[Allocation]] = {}
         self.images: dict[str, Versioned[Image]] = {}
+        self.drains: dict[str, Versioned[DrainRecord]] = {}
+        self.budgets: dict[tuple[str, str], Versioned[Budget]] = {}
         self.image_names: dict[str, dict[str, str]] = {}
         """Of the images with some content (by digest): their names by id."""
         self._instances_on: dict[str, dict[str, None]] = {}
@@ -213,6 +219,10 @@ class ClusterState:
                 self.allocations[a.node_id] = record
             case ServerRecord() as server:
                 self._servers[server.id] = record
+            case DrainRecord() as drain:
+                self.drains[drain.node_id] = record
+            case Budget() as budget:
+                self.budgets[budget.project, budget.name] = record
             case Image() as image:
                 self.images[image.id] = record
                 self.image_names.setdefault(image.sha256, {})[image.id] = image.name
@@ -238,6 +248,10 @@ class ClusterState:
                 del self.allocations[a.node_id]
             case ServerRecord() as server:
                 del self._servers[server.id]
+            case DrainRecord() as drain:
+                del self.drains[drain.node_id]
+            case Budget() as budget:
+                del self.budgets[budget.project, budget.name]
             case Image() as image:
                 del self.images[image.id]
                 names = self.image_names[image.sha256]

@@ -188,6 +188,7 @@ class GroupCommitter:
         *,
         then: Callable[[V, int], None] | None = None,
         lane: Lane = Lane.RECORDS,
+        even_restoring: bool = False,
     ) -> Decided[V]:
         """Make the decision and commit it; raises what the decision raises.
 
@@ -195,11 +196,14 @@ class GroupCommitter:
 
         ``then(value, revision)`` is called right after the commit, even when the caller was cancelled meanwhile.
         A caller that is cancelled before its decision was begun withdraws it. ``Unavailable`` when the store cannot
-        be reached, too many decisions wait (``SERVER_BUSY``) or this server stops before its turn; ``OutcomeUnknown``
+        be reached, a backup is being restored (``CLUSTER_RESTORING``, but for decisions that do not touch its records:
+        ``even_restoring``), too many wait (``SERVER_BUSY``) or this server stops before its turn; ``OutcomeUnknown``
         as in the storage contract, and when this server stops while its transaction is under way.
         """
         if self._closed:
             raise _stopping()
+        if self._view.restoring and not even_restoring:
+            raise _restoring()
         waiting = sum(map(len, self._queues.values()))
         if waiting >= self._queue_limit:
             raise Unavailable(
@@ -361,6 +365,15 @@ class GroupCommitter:
 def _stopping() -> Unavailable:
     return Unavailable(
         "this server is stopping: try another one", reason="SERVER_STOPPING", retry_after_s=1.0
+    )
+
+
+def _restoring() -> Unavailable:
+    return Unavailable(
+        "a backup of the cluster is being restored: try again when that is done; one that broke off is finished by "
+        "'cluster restore' with the same file",
+        reason="CLUSTER_RESTORING",
+        retry_after_s=1.0,
     )
 
 

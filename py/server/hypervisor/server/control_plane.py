@@ -12,7 +12,10 @@ from hypervisor.core.clock import Clock
 from hypervisor.core.ids import IdSource
 from hypervisor.core.states import PlacementPolicy
 from hypervisor.server.agents import Agents
+from hypervisor.server.backups import Backups
 from hypervisor.server.committer import GroupCommitter
+from hypervisor.server.draining.keeper import DrainKeeper
+from hypervisor.server.draining.service import MaintenanceService
 from hypervisor.server.executor import ExecutorSettings, OperationExecutor
 from hypervisor.server.explaining import Explainer
 from hypervisor.server.images.contract import Images
@@ -24,6 +27,8 @@ from hypervisor.server.images.uploads import Uploads
 from hypervisor.server.instances import InstanceService
 from hypervisor.server.ledger import AllocationRules, Ledger
 from hypervisor.server.membership import Membership
+from hypervisor.server.moves import MoveService
+from hypervisor.server.moving import NoLiveMoves
 from hypervisor.server.node_facts import ServerFacts
 from hypervisor.server.nodes import NodeService
 from hypervisor.server.operations import OperationService, Waiters
@@ -151,6 +156,34 @@ class ControlPlane:
             new_id=new_id,
             last_stats=nodes.last_stats,
         )
+        self.moves = MoveService(
+            self.view,
+            self.committer,
+            self.executor,
+            operations,
+            placer,
+            clock,
+            live=NoLiveMoves(),
+            resolve_node=lambda name: nodes.resolve(name).value.id,
+        )
+        drains = DrainKeeper(
+            self.view,
+            self.committer,
+            self.executor,
+            operations,
+            self.moves,
+            clock,
+            interval_s=settings.reconciler.interval_s,
+        )
+        self.maintenance = MaintenanceService(
+            self.view,
+            self.committer,
+            operations,
+            drains,
+            placer,
+            clock,
+            resolve_node=lambda name: nodes.resolve(name).value.id,
+        )
         uploads = Uploads(self.image_store, idle_s=images.upload_idle_s)
         self.image_keeper = ImageKeeper(
             self.image_store,
@@ -170,6 +203,7 @@ class ControlPlane:
             clock,
             new_id=new_id,
         )
+        self.backups = Backups(storage, self.view, clock, version=settings.version)
         self.membership = Membership(
             storage,
             self.committer,
@@ -200,6 +234,7 @@ class ControlPlane:
             clock,
             server_id=server_id,
             settings=settings.reconciler,
+            duties=(drains.run,),
         )
 
     async def ready(self) -> None:

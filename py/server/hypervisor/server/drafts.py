@@ -6,7 +6,7 @@ Every record a decision has read with :meth:`Draft.get` or written is compared b
 so that a decision made on outdated knowledge is never applied; it is simply made again.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Protocol, TypeVar, cast
 
@@ -14,6 +14,7 @@ import msgspec
 
 from hypervisor.core.errors import Conflict, ResourceExhausted
 from hypervisor.core.model import encode
+from hypervisor.core.unknown_members import with_unknown
 from hypervisor.server.cluster_state import Update
 from hypervisor.server.keys import RecordKey
 from hypervisor.server.services import Versioned
@@ -71,12 +72,20 @@ class Shared(Protocol):
 class _Write:
     """A value to be put (``value`` None: to be deleted)."""
 
-    __slots__ = ("data", "lease_id", "value")
+    __slots__ = ("data", "lease_id", "unknown", "value")
 
-    def __init__(self, value: msgspec.Struct | None, lease_id: str) -> None:
+    def __init__(
+        self,
+        value: msgspec.Struct | None,
+        lease_id: str,
+        unknown: Mapping[str, object] | None = None,
+    ) -> None:
         self.value = value
         self.lease_id = lease_id
+        self.unknown = unknown
         self.data = b"" if value is None else encode(value)
+        if unknown is not None:
+            self.data = with_unknown(self.data, unknown)
 
 
 class Batch:
@@ -129,13 +138,17 @@ class Batch:
         ]
 
     def records(self) -> dict[str, tuple[bytes, msgspec.Struct]]:
-        """What is to be written by key, as stored and as a record."""
-        return {path: (w.data, w.value) for path, w in self._writes.items() if w.value is not None}
+        """What is to be written by key, as stored and as a record; not what has more in it than the record tells."""
+        return {
+            path: (w.data, w.value)
+            for path, w in self._writes.items()
+            if w.value is not None and w.unknown is None
+        }
 
     def updates(self, revision: int) -> Iterable[Update]:
         """What the commit at ``revision`` wrote."""
         return [
-            Update(path, None if w.value is None else Versioned(w.value, revision))
+            Update(path, None if w.value is None else Versioned(w.value, revision, w.unknown))
             for path, w in self._writes.items()
         ]
 
@@ -179,7 +192,9 @@ class Draft:
         """The record as far as known; it may change before the commit."""
         write = self.writes.get(key.path) or self._batch.written(key.path)
         if write is not None:
-            return None if write.value is None else Versioned(cast(T, write.value), UNCOMMITTED)
+            return (
+                None if write.value is None else Versioned(cast(T, write.value), UNCOMMITTED, write.unknown)
+            )
         return self._batch.known.find(key)
 
     def get(self, key: RecordKey[T]) -> Versioned[T] | None:
@@ -188,7 +203,10 @@ class Draft:
         return self.peek(key)
 
     def put(self, key: RecordKey[T], value: T, *, lease_id: str = "") -> None:
-        """Write the record. Too large a one is refused as ``RECORD_TOO_LARGE``."""
+        """Write the record. Too large a one is refused as ``RECORD_TOO_LARGE``.
+
+        Members of the record in its place that this version does not know stay in it.
+        """
         self._compare(key.path)
         self._put(key, value, lease_id)
 
@@ -216,7 +234,8 @@ class Draft:
             self.compares[path] = self._batch.known.mod_revision(path)
 
     def _put(self, key: RecordKey[T], value: T, lease_id: str) -> None:
-        write = _Write(value, lease_id)
+        known = self.peek(key)
+        write = _Write(value, lease_id, None if known is None else known.unknown)
         if len(write.data) > MAX_VALUE_BYTES:
             raise ResourceExhausted(
                 f"the record {key.path} would have {len(write.data)} bytes: at most {MAX_VALUE_BYTES} can be stored",

@@ -31,10 +31,12 @@ from hypervisor.server import keys, outcomes
 from hypervisor.server.agents import Agent, Agents, CallContext
 from hypervisor.server.committer import Decided, GroupCommitter, Lane
 from hypervisor.server.drafts import Decision, Draft
+from hypervisor.server.moving import copy_elsewhere, forget_leftover
+from hypervisor.server.moving_drive import MoveDriver
 from hypervisor.server.operations import Waiters
 from hypervisor.server.placement import release
 from hypervisor.server.services import Versioned
-from hypervisor.server.verbs import node_unreachable
+from hypervisor.server.verbs import LED, node_unreachable
 from hypervisor.server.view import StoreView
 
 __all__ = ["ExecutorSettings", "OperationExecutor"]
@@ -68,6 +70,8 @@ class ExecutorSettings:
     def time_for(self, verb: str, grace_s: float | None) -> float:
         """How long an operation may take from its acceptance."""
         match verb:
+            case "move":
+                base = self.stop_s + self.create_s + self.start_s
             case "create" | "recreate" | "suspend" | "create-snapshot" | "restore-snapshot":
                 # All of these may move as much data as a disk or a memory holds.
                 base = self.create_s
@@ -115,6 +119,16 @@ class OperationExecutor:
         self._slots = asyncio.Semaphore(self._settings.concurrency)
         self._driven: dict[str, _Driven] = {}
         self._removing: set[str] = set()
+        self._mover = MoveDriver(
+            committer,
+            agents,
+            clock,
+            server_id=server_id,
+            images=images,
+            delays=lambda: self._settings.backoff.delays(self._rng),
+            record=self._end,
+            cleanup_s=self._settings.cleanup_s,
+        )
 
     @property
     def settings(self) -> ExecutorSettings:
@@ -144,7 +158,10 @@ class OperationExecutor:
         ``request_id`` is that of the call that began it, for the logs here and on the node.
         """
         mine = (
-            not operation.done and operation.server_id == self._server_id and operation.id not in self._driven
+            not operation.done
+            and operation.server_id == self._server_id
+            and operation.id not in self._driven
+            and operation.verb not in LED
         )
         # Before `run` there is nobody to drive it; `run` begins with all that are recorded.
         if mine and self._group is not None:
@@ -186,6 +203,12 @@ class OperationExecutor:
             self._removing.add(instance_id)
             self._group.create_task(self._remove_leftover(instance_id), name=f"remove-{instance_id}")
 
+    def remove_old_copy(self, instance_id: str) -> None:
+        """Finish what a move that has ended left on a node that did not answer then."""
+        if self._group is not None and instance_id not in self._removing:
+            self._removing.add(instance_id)
+            self._group.create_task(self._remove_old_copy(instance_id), name=f"clean-{instance_id}")
+
     # --- one operation
 
     async def _drive(self, operation_id: str, driven: _Driven) -> None:
@@ -219,8 +242,13 @@ class OperationExecutor:
             "instance_id": record.object_id,
             "request_id": driven.request_id,
         }
+        if record.verb == "move":
+            await self._mover.drive(operation_id, driven.cancel, request_id=driven.request_id)
+            return
         try:
             reply = await self._perform(record, instance.value, driven)
+            if not await self._alone(instance.value, driven.request_id, verb=record.verb):
+                raise node_unreachable(copy_elsewhere(instance.value), None)
         except HypervisorError as exc:
             if exc.reason == outcomes.TAKEN_OVER:
                 raise
@@ -357,13 +385,21 @@ class OperationExecutor:
             lambda d: outcomes.succeed(d, operation.id, reply, server_id=self._server_id, error=error)
         )
 
-    async def _end(self, decision: Decision[OperationRecord], *, lane: Lane = Lane.RECORDS) -> None:
+    async def _alone(self, instance: Instance, request_id: str, *, verb: str) -> bool:
+        """Of an instance that is removed: whether nothing of it is left elsewhere, by a move, either."""
+        if verb != "delete" or instance.move is None:
+            return True
+        return await self._mover.remove_copy(instance, request_id=request_id)
+
+    async def _end(
+        self, decision: Decision[OperationRecord], *, lane: Lane = Lane.RECORDS
+    ) -> OperationRecord:
         """Commit how the operation ended; the agent's work is done, so this goes on until the store takes it."""
 
         def told(operation: OperationRecord, revision: int) -> None:
             self._waiters.settle(Versioned(operation, revision))
 
-        await self._persist(lambda: self._committer.commit(decision, then=told, lane=lane))
+        return await self._persist(lambda: self._committer.commit(decision, then=told, lane=lane))
 
     async def _persist(self, commit: Callable[[], Awaitable[Decided[T]]]) -> T:
         for delay in self._settings.backoff.delays(self._rng):
@@ -393,6 +429,8 @@ class OperationExecutor:
                 return
             context = CallContext(f"remove-{instance_id}", self._settings.delete_s)
             await agent.delete(found.value, context, grace_s=0.0)
+            if not await self._alone(found.value, context.request_id, verb="delete"):
+                return
             await self._committer.commit(
                 lambda draft: _release_leftover(draft, instance_id), lane=Lane.PLACEMENTS
             )
@@ -402,6 +440,26 @@ class OperationExecutor:
             log.warning("leftover_not_removed", instance_id=instance_id, reason=exc.reason, error=str(exc))
         except Exception:
             log.exception("leftover_not_removed", instance_id=instance_id)
+        finally:
+            self._removing.discard(instance_id)
+
+    async def _remove_old_copy(self, instance_id: str) -> None:
+        try:
+            found = self._committer.find(keys.instance(instance_id))
+            move = None if found is None else found.value.move
+            if found is None or move is None or found.value.operation_id:
+                return
+            if await self._mover.remove_copy(found.value, request_id=f"clean-{instance_id}"):
+                await self._committer.commit(
+                    lambda draft: forget_leftover(draft, instance_id, started_at=move.started_at),
+                    lane=Lane.PLACEMENTS,
+                )
+                log.info("old_copy_removed", instance_id=instance_id)
+        except HypervisorError as exc:
+            # The reconciler asks again.
+            log.warning("old_copy_not_removed", instance_id=instance_id, reason=exc.reason, error=str(exc))
+        except Exception:
+            log.exception("old_copy_not_removed", instance_id=instance_id)
         finally:
             self._removing.discard(instance_id)
 

@@ -37,13 +37,12 @@ from hypervisor.server.verbs import (
     VERBS,
     begin,
     check_capability,
-    check_version,
-    instance_not_found,
+    find_in_view,
     node_unreachable,
 )
 from hypervisor.server.view import StoreView
 
-__all__ = ["InstanceService", "check_project"]
+__all__ = ["InstanceService", "check_project", "enter_terms_of"]
 
 _ONLY_PROJECT = "default"
 _STATS_TIMEOUT_S = 10.0
@@ -92,7 +91,7 @@ class InstanceService:
         deadline = self._executor.settings.deadline(self._clock.now(), "create")
         deadline += timedelta(seconds=fetch_allowance_s(self._committer.known, draft))
         while True:
-            await self._enter_terms(draft)
+            await enter_terms_of(self._view, self._committer, self._placer, draft)
             try:
                 decided = await self._committer.commit(
                     lambda d: self._placer.reserve(d, draft, operation=operation, deadline=deadline),
@@ -105,17 +104,6 @@ class InstanceService:
                     raise
             else:
                 return await self._operations.conclude(decided, wait=mutation.wait)
-
-    async def _enter_terms(self, draft: InstanceDraft) -> None:
-        """See ``placement_terms.py``: the view is to have seen the register with the terms in it."""
-        wanted = terms_to_enter(draft)
-        register = self._view.find(keys.PLACEMENT_TERMS) if wanted else None
-        if not wanted or (register is not None and all(one in register.value.terms for one in wanted)):
-            return
-        entered = await self._committer.commit(
-            lambda d: self._placer.enter_terms(d, draft), lane=Lane.PLACEMENTS
-        )
-        await self._view.wait_revision(entered.revision)
 
     async def plan(self, draft: InstanceDraft) -> Instance:
         check_project(draft.project)
@@ -210,11 +198,7 @@ class InstanceService:
         return await self._operations.conclude(decided, wait=mutation.wait)
 
     def resolve(self, ref: InstanceRef) -> Versioned[Instance]:
-        found = self._view.instance(ref.instance) or self._view.instance_named(ref.project, ref.instance)
-        if found is None:
-            raise instance_not_found(ref)
-        check_version(found, ref.resource_version, what=f"instance {found.value.name}")
-        return found
+        return find_in_view(self._view, ref)
 
     async def stats(self, ref: InstanceRef, caller: Caller) -> InstanceStats:
         instance, node = self._running(ref, "stats")
@@ -287,6 +271,18 @@ class InstanceService:
                 metadata={"instance_id": instance.id, "status": instance.status.value},
             )
         return instance, node.value
+
+
+async def enter_terms_of(
+    view: StoreView, committer: GroupCommitter, placer: Placer, draft: InstanceDraft
+) -> None:
+    """See ``placement_terms.py``: the view is to have seen the register with the terms in it."""
+    wanted = terms_to_enter(draft)
+    register = view.find(keys.PLACEMENT_TERMS) if wanted else None
+    if not wanted or (register is not None and all(one in register.value.terms for one in wanted)):
+        return
+    entered = await committer.commit(lambda d: placer.enter_terms(d, draft), lane=Lane.PLACEMENTS)
+    await view.wait_revision(entered.revision)
 
 
 def check_project(project: str) -> None:

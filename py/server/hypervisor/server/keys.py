@@ -10,9 +10,12 @@
     /hypervisor/hostnames/{hostname}     HostnameClaim  makes host names unique
     /hypervisor/images/{id}              Image
     /hypervisor/image-names/{project}/{name}  ImageClaim  makes names of images unique
+    /hypervisor/drains/{node id}         DrainRecord    written with the node's cordon, and by the leader
+    /hypervisor/budgets/{project}/{name} Budget
     /hypervisor/leases/nodes/{id}        NodeLease      bound to a lease: the agent is alive
     /hypervisor/leases/servers/{id}      ServerRecord   bound to a lease: the server is alive
     /hypervisor/config/cluster           ClusterConfig
+    /hypervisor/config/restoring         Restoring      there while a backup is being restored
     /hypervisor/config/placement-terms   PlacementTerms written by placements that such a term is about
     /hypervisor/elections/{name}/{...}   (the store's own: the candidates of an election)
 """
@@ -26,6 +29,7 @@ import msgspec
 
 from hypervisor.core.images import Image
 from hypervisor.core.model import Allocation, Instance, Node, OperationRecord
+from hypervisor.server.draining.records import Budget, DrainRecord
 from hypervisor.server.records import (
     ClusterConfig,
     HostnameClaim,
@@ -33,6 +37,7 @@ from hypervisor.server.records import (
     NameClaim,
     NodeLease,
     PlacementTerms,
+    Restoring,
     ServerRecord,
 )
 
@@ -42,9 +47,12 @@ __all__ = [
     "LEADER_PREFIX",
     "PLACEMENT_TERMS",
     "PREFIX",
+    "RESTORING",
     "SESSIONS",
     "RecordKey",
     "allocation",
+    "budget",
+    "drain",
     "hostname",
     "image",
     "image_name",
@@ -115,6 +123,16 @@ def image_name(project: str, name_of_image: str) -> RecordKey[ImageClaim]:
     return RecordKey(f"{PREFIX}image-names/{project}/{name_of_image}", ImageClaim)
 
 
+def drain(node_id: str) -> RecordKey[DrainRecord]:
+    """The last drain of the node, or return to it."""
+    return RecordKey(f"{PREFIX}drains/{node_id}", DrainRecord)
+
+
+def budget(project: str, budget_name: str) -> RecordKey[Budget]:
+    """A disruption budget."""
+    return RecordKey(f"{PREFIX}budgets/{project}/{budget_name}", Budget)
+
+
 def node_lease(node_id: str) -> RecordKey[NodeLease]:
     """Exists while the node's agent is alive."""
     return RecordKey(f"{PREFIX}leases/nodes/{node_id}", NodeLease)
@@ -127,6 +145,7 @@ def server_lease(server_id: str) -> RecordKey[ServerRecord]:
 
 CLUSTER_CONFIG: RecordKey[ClusterConfig] = RecordKey(f"{PREFIX}config/cluster", ClusterConfig)
 PLACEMENT_TERMS: RecordKey[PlacementTerms] = RecordKey(f"{PREFIX}config/placement-terms", PlacementTerms)
+RESTORING: RecordKey[Restoring] = RecordKey(f"{PREFIX}config/restoring", Restoring)
 
 _FAMILIES: Mapping[str, type[msgspec.Struct]] = MappingProxyType(
     {
@@ -138,10 +157,13 @@ _FAMILIES: Mapping[str, type[msgspec.Struct]] = MappingProxyType(
         "hostnames/": HostnameClaim,
         "images/": Image,
         "image-names/": ImageClaim,
+        "drains/": DrainRecord,
+        "budgets/": Budget,
         "leases/nodes/": NodeLease,
         "leases/servers/": ServerRecord,
         "config/cluster": ClusterConfig,
         "config/placement-terms": PlacementTerms,
+        "config/restoring": Restoring,
     }
 )
 

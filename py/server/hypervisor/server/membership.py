@@ -79,7 +79,7 @@ class Membership:
 
     async def _join(self) -> str:
         lease = await self._storage.grant_lease(self._ttl_s)
-        await self._committer.commit(lambda draft: self._decide(draft, lease.id))
+        await self._committer.commit(lambda draft: self._decide(draft, lease.id), even_restoring=True)
         self._joined.set()
         log.info("server_joined", server_id=self._record.id, address=self._record.address)
         return lease.id

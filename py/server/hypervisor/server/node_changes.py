@@ -10,13 +10,16 @@ from hypervisor.core.model import Allocation, Instance, Node, Observation, Taint
 from hypervisor.core.names import MAX_TAINTS
 from hypervisor.core.states import DesiredState, InstanceStatus, NodeStatus, TaintEffect, can_move
 from hypervisor.server import keys
+from hypervisor.server.adopting import adopt_placement
 from hypervisor.server.drafts import Draft
+from hypervisor.server.draining.records import DrainKind
 from hypervisor.server.observations import fold, lost, missing
 from hypervisor.server.records import HostnameClaim, NodeLease
 from hypervisor.server.services import NodeRegistration
 from hypervisor.server.store.storage import Compare
 
 __all__ = [
+    "check_not_draining",
     "fold_observation",
     "incarnation_mismatch",
     "mark_lost",
@@ -116,6 +119,7 @@ def _free_hostname(draft: Draft, node: Node) -> None:
 
 def record_deregistration(draft: Draft, node: Node, *, placed: int) -> None:
     """Remove the node. The allocation goes with it, so that a placement made meanwhile conflicts."""
+    check_not_draining(draft, node)
     held = draft.get(keys.allocation(node.id))
     if placed or (held is not None and held.value.instances):
         raise FailedPrecondition(
@@ -132,6 +136,7 @@ def record_deregistration(draft: Draft, node: Node, *, placed: int) -> None:
         )
     draft.delete(keys.node(node.id))
     draft.delete(keys.allocation(node.id))
+    draft.delete(keys.drain(node.id))
     _free_hostname(draft, node)
 
 
@@ -154,6 +159,19 @@ def record_cordon(draft: Draft, node: Node, *, schedulable: bool, reason: str) -
             updated_at=draft.now,
         ),
     )
+
+
+def check_not_draining(draft: Draft, node: Node) -> None:
+    """Refuse what would cross a drain of the node that goes on: FailedPrecondition (``DRAINING``)."""
+    found = draft.get(keys.drain(node.id))
+    if found is not None and found.value.active:
+        what = "drained" if found.value.kind is DrainKind.DRAIN else "given its instances back"
+        raise FailedPrecondition(
+            f"node {node.hostname} is being {what} (operation {found.value.operation_id}): watch that, or cancel it "
+            f"with 'node drain {node.hostname} --cancel'",
+            reason="DRAINING",
+            metadata={"node_id": node.id, "operation_id": found.value.operation_id},
+        )
 
 
 def record_taint(draft: Draft, node: Node, taint: Taint) -> None:
@@ -198,9 +216,17 @@ def record_untaint(draft: Draft, node: Node, *, key: str, effect: TaintEffect | 
 def fold_observation(draft: Draft, *, node_id: str, seen: Observation, authoritative: bool) -> bool:
     """Take in what a node's agent saw; returns whether the node should have the instance."""
     found = draft.get(keys.instance(seen.instance_id))
-    if found is None or found.value.node_id != node_id or found.value.epoch > seen.epoch:
+    if found is not None and found.value.move is not None:
+        elsewhere = (node_id, seen.epoch) == found.value.move.other(found.value.node_id)
+        if elsewhere:
+            return True  # a copy that a move has made, or is to remove
+    if found is None or found.value.epoch > seen.epoch:
         return False
-    changed = fold(found.value, seen, now=draft.now, authoritative=authoritative)
+    adopted = adopt_placement(draft, found.value, node_id=node_id, seen=seen)
+    instance = found.value if adopted is None else adopted
+    if instance.node_id != node_id:
+        return False
+    changed = fold(instance, seen, now=draft.now, authoritative=authoritative or adopted is not None)
     if changed is not None:
         draft.put(keys.instance(seen.instance_id), changed)
     return True

@@ -30,7 +30,9 @@ from hypervisor.server import keys
 from hypervisor.server.committer import GroupCommitter
 from hypervisor.server.drafts import Decision, Draft
 from hypervisor.server.ledger import AllocationRules
+from hypervisor.server.moving import forget_leftover
 from hypervisor.server.node_changes import (
+    check_not_draining,
     fold_observation,
     incarnation_mismatch,
     mark_missing,
@@ -157,7 +159,13 @@ class NodeService:
         self, node: str, mutation: Mutation, *, resource_version: int
     ) -> Versioned[OperationRecord]:
         def change(draft: Draft, found: Versioned[Node]) -> None:
-            placed = [i.value for i in self._view.instances_on(found.value.id)]
+            node_id = found.value.id
+            placed = [i.value for i in self._view.instances_on(node_id)]
+            for other in self._view.instances():
+                move = other.value.move
+                if move is not None and move.other(other.value.node_id)[0] == node_id:
+                    # What a move left there goes with the node.
+                    forget_leftover(draft, other.value.id, started_at=move.started_at)
             record_deregistration(draft, found.value, placed=len(placed))
 
         return await self._at_once("deregister", node, mutation, resource_version, change)
@@ -176,13 +184,11 @@ class NodeService:
     async def uncordon(
         self, node: str, mutation: Mutation, *, resource_version: int
     ) -> Versioned[OperationRecord]:
-        return await self._at_once(
-            "uncordon",
-            node,
-            mutation,
-            resource_version,
-            lambda draft, found: record_cordon(draft, found.value, schedulable=True, reason=""),
-        )
+        def change(draft: Draft, found: Versioned[Node]) -> None:
+            check_not_draining(draft, found.value)
+            record_cordon(draft, found.value, schedulable=True, reason="")
+
+        return await self._at_once("uncordon", node, mutation, resource_version, change)
 
     async def taint(
         self, node: str, mutation: Mutation, *, taint: Taint, resource_version: int

@@ -30,6 +30,8 @@ def fold(
     """
     if (seen.epoch, seen.generation) != (instance.epoch, instance.generation):
         return None
+    if instance.status is InstanceStatus.MIGRATING:
+        return None  # whoever moves it looks at both copies and settles what it is
     # A repeat of the last observation counts only where the record says that it does not know.
     repeated_is_news = authoritative or instance.status is InstanceStatus.UNKNOWN
     oldest = instance.observed_sequence + (0 if repeated_is_news else 1)

@@ -4,7 +4,7 @@ All of them look first whether this server still drives the operation: one that 
 has ended, is left alone (``Conflict``, reason ``OPERATION_TAKEN_OVER``).
 """
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from msgspec import structs
 
@@ -21,6 +21,8 @@ from hypervisor.server.resizing import end_update
 __all__ = [
     "TAKEN_OVER",
     "cleanup_later",
+    "driven_operation",
+    "end_operation",
     "fail",
     "nothing_begun",
     "progress",
@@ -72,7 +74,7 @@ def succeed(
 
     With ``error`` it ends as that says: a cancelled start, which the agent has undone.
     """
-    operation = _driven(draft, operation_id, server_id=server_id)
+    operation = driven_operation(draft, operation_id, server_id=server_id)
     instance = _held(draft, operation)
     if instance is not None:
         if error is not None:
@@ -90,7 +92,7 @@ def remove(
     draft: Draft, operation_id: str, *, server_id: str, error: HypervisorError | None = None
 ) -> OperationRecord:
     """Nothing of the instance is left on its node: remove its records, free its capacity, end the operation."""
-    operation = _driven(draft, operation_id, server_id=server_id)
+    operation = driven_operation(draft, operation_id, server_id=server_id)
     instance = _held(draft, operation)
     if instance is not None:
         release(draft, instance)
@@ -104,7 +106,7 @@ def cleanup_later(
 
     The operation ends now; the instance stays, DELETING, until its node has confirmed that nothing is left.
     """
-    operation = _driven(draft, operation_id, server_id=server_id)
+    operation = driven_operation(draft, operation_id, server_id=server_id)
     instance = _held(draft, operation)
     if instance is not None:
         draft.put(
@@ -125,7 +127,7 @@ def cleanup_later(
 
 def fail(draft: Draft, operation_id: str, *, server_id: str, error: HypervisorError) -> OperationRecord:
     """An operation on an instance that is there failed: it stays, as far as that is known, as it is."""
-    operation = _driven(draft, operation_id, server_id=server_id)
+    operation = driven_operation(draft, operation_id, server_id=server_id)
     instance = _held(draft, operation)
     if instance is not None:
         if operation.verb == "update" and not unclear(error):
@@ -153,7 +155,7 @@ def progress(
     draft: Draft, operation_id: str, *, server_id: str, message: str, percent: int
 ) -> OperationRecord:
     """Say how far a slow operation is; an instance that is being made or started shows as CREATING."""
-    operation = _driven(draft, operation_id, server_id=server_id)
+    operation = driven_operation(draft, operation_id, server_id=server_id)
     instance = _held(draft, operation)
     making = operation.verb in ("create", "start")
     if instance is not None and making and can_move(instance.status, InstanceStatus.CREATING):
@@ -193,7 +195,8 @@ def take_over(draft: Draft, operation_id: str, *, server_id: str, time_s: float)
     return taken
 
 
-def _driven(draft: Draft, operation_id: str, *, server_id: str) -> OperationRecord:
+def driven_operation(draft: Draft, operation_id: str, *, server_id: str) -> OperationRecord:
+    """The operation, if it goes on and is this server's to end. Raises Conflict (``OPERATION_TAKEN_OVER``)."""
     found = draft.get(keys.operation(operation_id))
     if found is None or found.value.done or found.value.server_id != server_id:
         raise Conflict(
@@ -211,20 +214,27 @@ def _held(draft: Draft, operation: OperationRecord) -> Instance | None:
 
 
 def _end(draft: Draft, operation: OperationRecord, error: HypervisorError | None) -> OperationRecord:
+    ended = end_operation(operation, error, now=draft.now)
+    draft.put(keys.operation(operation.id), ended)
+    return ended
+
+
+def end_operation(
+    operation: OperationRecord, error: HypervisorError | None, *, now: datetime
+) -> OperationRecord:
+    """The operation, ended: well, or as the error says."""
     if error is None:
         state = OperationState.SUCCEEDED
     else:
         state = OperationState.CANCELLED if isinstance(error, Cancelled) else OperationState.FAILED
-    ended = structs.replace(
+    return structs.replace(
         operation,
         state=state,
         error=None if error is None else record_of(error),
         progress_percent=100 if error is None else operation.progress_percent,
         progress_message="",
-        finished_at=draft.now,
+        finished_at=now,
     )
-    draft.put(keys.operation(operation.id), ended)
-    return ended
 
 
 def _desired_after(operation: OperationRecord, instance: Instance, error: HypervisorError) -> DesiredState:

@@ -21,6 +21,7 @@ from hypervisor.core.errors import (
 )
 from hypervisor.core.images import image_reference
 from hypervisor.core.model import Allocation, Instance, OperationRecord, PlacementRecord, ScorePart
+from hypervisor.core.resources import Resources
 from hypervisor.core.states import InstanceStatus, PlacementPolicy
 from hypervisor.server import keys
 from hypervisor.server.drafts import Draft
@@ -37,10 +38,11 @@ from hypervisor.server.scheduler.contract import (
     Scheduler,
     Snapshot,
 )
+from hypervisor.server.scheduler.default import DefaultScheduler
 from hypervisor.server.scheduler.plugins import shortage
 from hypervisor.server.services import InstanceDraft
 
-__all__ = ["Placer", "check_same_request", "release"]
+__all__ = ["Placer", "check_same_request", "give_back", "order_of", "release"]
 
 _REASONS_SHOWN = 16
 _LABELS_SHOWN = 20
@@ -91,19 +93,7 @@ class Placer:
         images = images_of_order(draft, order)
         placement, snapshot = self.choose(draft, order, seed=operation.object_id)
         node_id = placement.node_id
-        held = draft.get(keys.allocation(node_id))
-        node = draft.get(keys.node(node_id))
-        if held is None or node is None:
-            raise Internal(f"the scheduler chose {node_id}, which is not in the snapshot")
-        guard_terms(draft, order, node_id=node_id)
-        reserved = held.value.reserved + order.spec.resources
-        total = self._ledger.rules.allocatable(node.value.capacity)
-        if not reserved.fits_in(total):
-            raise Internal(
-                f"scheduler {self._scheduler.name} chose node {node.value.hostname}, where it does not fit: "
-                + shortage(order.spec.resources, total - held.value.reserved, total),
-                reason="SCHEDULER_OVERCOMMITS",
-            )
+        self._take(draft, order, node_id)
         operation = structs.replace(operation, node_id=node_id)
         instance = _instance(order, node_id=node_id, now=draft.now)
         draft.create(
@@ -118,15 +108,61 @@ class Placer:
             ),
         )
         draft.put(claim, NameClaim(instance_id=operation.object_id))
-        draft.put(
-            keys.allocation(node_id),
-            structs.replace(held.value, reserved=reserved, instances=held.value.instances + 1),
-        )
         if operation.request_id:
             draft.put(keys.operation(operation.id), operation)
         else:
             draft.create(keys.operation(operation.id), operation)
         return operation
+
+    def _take(self, draft: Draft, order: InstanceDraft, node_id: str) -> None:
+        """Reserve on the node that was chosen."""
+        held = draft.get(keys.allocation(node_id))
+        node = draft.get(keys.node(node_id))
+        if held is None or node is None:
+            raise Internal(f"the scheduler chose {node_id}, which is not in the snapshot")
+        guard_terms(draft, order, node_id=node_id)
+        reserved = held.value.reserved + order.spec.resources
+        total = self._ledger.rules.allocatable(node.value.capacity)
+        if not reserved.fits_in(total):
+            raise Internal(
+                f"scheduler {self._scheduler.name} chose node {node.value.hostname}, where it does not fit: "
+                + shortage(order.spec.resources, total - held.value.reserved, total),
+                reason="SCHEDULER_OVERCOMMITS",
+            )
+        draft.put(
+            keys.allocation(node_id),
+            structs.replace(held.value, reserved=reserved, instances=held.value.instances + 1),
+        )
+
+    def reserve_elsewhere(
+        self, draft: Draft, instance: Instance, *, node: str = "", epoch: int
+    ) -> tuple[str, PlacementRecord]:
+        """Choose another node for an instance that has one (``node``: this one) and reserve on it as well.
+
+        Raises what :meth:`choose` and ``guard_terms`` raise.
+        """
+        placement = self.choose_elsewhere(draft, instance, node=node, seed=f"{instance.id}/{epoch}")
+        self._take(draft, order_of(instance, node=node), placement.node_id)
+        return placement.node_id, PlacementRecord(
+            placed_at=draft.now, scheduler=self._scheduler.name, score=int(placement.score)
+        )
+
+    def choose_elsewhere(self, draft: Draft, instance: Instance, *, node: str = "", seed: str) -> Placement:
+        """The node to move an instance to, judged as if it were nowhere; never the one it is on."""
+        order = order_of(instance, node=node)
+        self.look(draft, order)
+        without = self.without(instance)
+        nodes = {n: state for n, state in without.nodes.items() if n != instance.node_id}
+        snapshot = Snapshot(nodes, without.instances)
+        # A table that follows the cluster is not to follow this copy of it.
+        scheduler = self._scheduler
+        judge = scheduler.judge if isinstance(scheduler, DefaultScheduler) else scheduler
+        answer = judge.schedule(self.request(order, seed=seed), snapshot)
+        match answer:
+            case Placement():
+                return answer
+            case Refusal(reasons=reasons):
+                raise _nothing_fits(reasons)
 
     def without(self, instance: Instance) -> Snapshot:
         """What :meth:`look` showed last, as if the instance were not placed; a copy."""
@@ -215,20 +251,25 @@ def release(draft: Draft, instance: Instance) -> None:
         draft.delete(keys.name(instance.project, instance.name))
     if not instance.node_id:
         return
-    held = draft.get(keys.allocation(instance.node_id))
+    give_back(draft, instance.node_id, instance.holds)
+    if instance.holds_elsewhere is not None:
+        give_back(draft, *instance.holds_elsewhere)
+
+
+def give_back(draft: Draft, node_id: str, amount: Resources) -> None:
+    """Free what one instance holds on the node."""
+    held = draft.get(keys.allocation(node_id))
     if held is None:
-        raise Internal(f"node {instance.node_id} has instances and no allocation record")
+        raise Internal(f"node {node_id} has instances and no allocation record")
     left = Allocation(
-        node_id=instance.node_id,
-        reserved=held.value.reserved - instance.holds,
-        instances=held.value.instances - 1,
+        node_id=node_id, reserved=held.value.reserved - amount, instances=held.value.instances - 1
     )
     if (
         min(left.instances, left.reserved.cpu_millis, left.reserved.memory_bytes, left.reserved.disk_bytes)
         < 0
     ):
-        raise Internal(f"node {instance.node_id} would have less than nothing reserved: {left.reserved}")
-    draft.put(keys.allocation(instance.node_id), left)
+        raise Internal(f"node {node_id} would have less than nothing reserved: {left.reserved}")
+    draft.put(keys.allocation(node_id), left)
 
 
 def check_same_request(known: OperationRecord, asked: OperationRecord) -> None:
@@ -259,6 +300,19 @@ def _instance(order: InstanceDraft, *, node_id: str, now: datetime) -> Instance:
         updated_at=now,
         labels=dict(order.labels),
         node_id=node_id,
+    )
+
+
+def order_of(instance: Instance, *, node: str = "") -> InstanceDraft:
+    """The instance as one that asks for a place; with ``node`` it wants that one."""
+    spec = structs.replace(instance.spec, node=node) if node else instance.spec
+    return InstanceDraft(
+        name=instance.name,
+        project=instance.project,
+        type=instance.type,
+        spec=spec,
+        labels=instance.labels,
+        desired=instance.desired,
     )
 
 

@@ -14,6 +14,7 @@ __all__ = [
     "NameClaim",
     "NodeLease",
     "PlacementTerms",
+    "Restoring",
     "ServerRecord",
 ]
 
@@ -63,10 +64,19 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Written once, by the first server."""
+    """Written once, by the first server, and by a restore. ``restored_at``: when the cluster was last restored."""
 
     cluster_id: str
     created_at: datetime
+    restored_at: datetime | None = None
+    v: int = SCHEMA_VERSION
+
+
+class Restoring(msgspec.Struct, frozen=True, kw_only=True):
+    """There while the records of a backup are put in: nothing else is committed then. ``sha256``: of the backup."""
+
+    sha256: str
+    started_at: datetime
     v: int = SCHEMA_VERSION
 
 

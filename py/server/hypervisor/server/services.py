@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import msgspec
 
@@ -30,8 +30,14 @@ from hypervisor.core.model import (
     OperationRecord,
     Taint,
 )
+from hypervisor.core.moves import MovePolicy, MoveStrategy
 from hypervisor.core.resources import Resources
 from hypervisor.core.states import DesiredState, InstanceType, NodeRole, TaintEffect
+
+if TYPE_CHECKING:  # these build on the values below
+    from hypervisor.server.draining.budgets import Standing
+    from hypervisor.server.draining.progress import DrainProgress
+    from hypervisor.server.draining.records import Budget, DrainKind, DrainOrder, DrainRecord
 
 __all__ = [
     "Caller",
@@ -44,6 +50,9 @@ __all__ = [
     "InstanceRef",
     "Instances",
     "Kind",
+    "Maintenance",
+    "MoveOrder",
+    "Moves",
     "Mutation",
     "NodePlacements",
     "NodeRegistration",
@@ -67,10 +76,14 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Versioned(Generic[T]):
-    """A record and the store revision of its last change (what users see as ``resource_version``)."""
+    """A record and the store revision of its last change (what users see as ``resource_version``).
+
+    ``unknown``: members of it that only a later version knows; see ``core.unknown_members``.
+    """
 
     value: T
     revision: int
+    unknown: Mapping[str, object] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +127,8 @@ class ClusterView(Protocol):
     def node_named(self, hostname: str) -> Versioned[Node] | None: ...
 
     def nodes(self) -> Iterable[Versioned[Node]]: ...
+
+    def drain(self, node_id: str) -> "Versioned[DrainRecord] | None": ...
 
     def allocation(self, node_id: str) -> Allocation:
         """What is reserved on the node (zero when nothing is)."""
@@ -187,6 +202,31 @@ class InstanceDraft:
     spec: InstanceSpec
     labels: Mapping[str, str]
     desired: DesiredState = DesiredState.RUNNING
+
+
+@dataclass(frozen=True, slots=True)
+class MoveOrder:
+    """What is asked for. ``node``: id of the target, empty: the scheduler's choice."""
+
+    node: str = ""
+    strategy: MoveStrategy = MoveStrategy.AUTO
+    allow_disk_loss: bool = False
+    healthy_s: float | None = None
+    reason: str = ""
+    drain: str = ""
+    keep_home: bool = False
+    """Remember where it was, to be brought back there (drains do)."""
+    forced: bool = False
+    """Stop it where nothing gentler will do, and let its local disk go (a drain past its deadline)."""
+
+    def policy(self, instance: Instance) -> MovePolicy:
+        """What counts for this move."""
+        own = instance.spec.move or MovePolicy()
+        return MovePolicy(
+            strategy=own.strategy if self.strategy is MoveStrategy.AUTO else self.strategy,
+            healthy_s=own.healthy_s if self.healthy_s is None else self.healthy_s,
+            allow_disk_loss=own.allow_disk_loss or self.allow_disk_loss or self.forced,
+        )
 
 
 class ConsoleEvent(Protocol):
@@ -284,6 +324,59 @@ class Instances(Protocol):
 
     def logs(self, ref: InstanceRef, caller: Caller, options: LogOptions) -> AsyncGenerator[LogPiece, None]:
         """What it printed on its console, in whatever state it is."""
+        ...
+
+
+class Moves(Protocol):
+    """Moving instances to other nodes; the rules are those of MoveInstance in compute.proto."""
+
+    async def move(
+        self, ref: InstanceRef, mutation: Mutation, *, order: MoveOrder, grace_s: float | None
+    ) -> Versioned[OperationRecord]:
+        """Move it. ``order.node``: id or host name of the target; empty: the scheduler's choice. ``grace_s``: for the
+        copy that is stopped; None: the default."""
+        ...
+
+
+class Maintenance(Protocol):
+    """Draining nodes, and what drains keep to; the rules are those of cluster.proto and maintenance.proto."""
+
+    async def drain(
+        self, node: str, mutation: Mutation, *, order: "DrainOrder", reason: str, resource_version: int
+    ) -> str:
+        """Cordon the node and begin to empty it; returns the operation's id. FailedPrecondition (``DRAINING``)."""
+        ...
+
+    async def restore(self, node: str, mutation: Mutation, *, order: "DrainOrder") -> str:
+        """Uncordon the node and begin to bring home what drains took from it; returns the operation's id."""
+        ...
+
+    async def cancel(self, node: str, caller: Caller) -> Versioned[OperationRecord]:
+        """Begin nothing more. FailedPrecondition (``NOT_DRAINING``)."""
+        ...
+
+    def plan(self, node: str, *, order: "DrainOrder", kind: "DrainKind" = ...) -> "DrainProgress":
+        """What it would do now; nothing is recorded."""
+        ...
+
+    def state(self, node: str) -> "DrainProgress | None":
+        """The node's last drain, or the one that goes on; None where there was none."""
+        ...
+
+    def watch(self, node: str, operation_id: str = "") -> "AsyncGenerator[DrainProgress, None]":
+        """Its steps until it ends, the present state first; raises what it ended with where that is not well."""
+        ...
+
+    async def set_budget(self, budget: "Budget") -> "Budget":
+        """Make it, or put it in the place of the one with its name."""
+        ...
+
+    async def delete_budget(self, project: str, name: str) -> None:
+        """NotFound (``BUDGET_NOT_FOUND``)."""
+        ...
+
+    def budgets(self, project: str) -> "list[tuple[Budget, Standing]]":
+        """Those of the project (empty: of all), and how they stand."""
         ...
 
 

@@ -18,15 +18,17 @@ from hypervisor.core.states import DesiredState, InstanceStatus, NodeStatus
 from hypervisor.server import keys
 from hypervisor.server.drafts import Draft
 from hypervisor.server.placement import check_same_request
-from hypervisor.server.services import InstanceRef, Versioned
+from hypervisor.server.services import ClusterView, InstanceRef, Versioned
 
 __all__ = [
     "CANCELLABLE",
+    "LED",
     "VERBS",
     "VerbRule",
     "begin",
     "check_capability",
     "check_version",
+    "find_in_view",
     "find_instance",
     "instance_not_found",
     "node_unreachable",
@@ -36,7 +38,10 @@ _S = InstanceStatus
 _RUNS = frozenset({_S.RUNNING, _S.PAUSED})
 _RESTS = frozenset({_S.STOPPED, _S.FAILED})
 
-CANCELLABLE = frozenset({"create", "start"})
+LED = frozenset({"drain", "restore"})
+"""Verbs of operations that the leader carries out, whichever server recorded them."""
+
+CANCELLABLE = frozenset({"create", "move", "start"}) | LED
 """Verbs whose unfinished work can be undone."""
 
 
@@ -192,6 +197,15 @@ def find_instance(draft: Draft, ref: InstanceRef) -> Versioned[Instance]:
         found = None if claim is None else draft.get(keys.instance(claim.value.instance_id))
     if found is None:
         raise instance_not_found(ref)
+    return found
+
+
+def find_in_view(view: ClusterView, ref: InstanceRef) -> Versioned[Instance]:
+    """The instance meant, from memory. NotFound (``INSTANCE_NOT_FOUND``), Conflict (``RESOURCE_VERSION_MISMATCH``)."""
+    found = view.instance(ref.instance) or view.instance_named(ref.project, ref.instance)
+    if found is None:
+        raise instance_not_found(ref)
+    check_version(found, ref.resource_version, what=f"instance {found.value.name}")
     return found
 
 

@@ -24,6 +24,7 @@ from hypervisor.core.images import Image
 from hypervisor.core.model import Allocation, Instance, Node, OperationRecord
 from hypervisor.server import keys
 from hypervisor.server.cluster_state import ClusterState, Update, cluster_changes, decode_item
+from hypervisor.server.draining.records import Budget, DrainRecord
 from hypervisor.server.keys import RecordKey
 from hypervisor.server.recent_changes import RecentChanges
 from hypervisor.server.records import ServerRecord
@@ -137,6 +138,18 @@ class StoreView:
         """Names of the images that have this content."""
         return tuple(self._state.image_names.get(digest, {}).values())
 
+    def drain(self, node_id: str) -> Versioned[DrainRecord] | None:
+        """The last drain of the node, or return to it, under way or over."""
+        return self._state.drains.get(node_id)
+
+    def drains(self) -> Iterable[Versioned[DrainRecord]]:
+        """All of them."""
+        return self._state.drains.values()
+
+    def budgets(self) -> Iterable[Versioned[Budget]]:
+        """All disruption budgets."""
+        return self._state.budgets.values()
+
     def node_alive(self, node_id: str) -> bool:
         """Whether the node's lease exists."""
         return self._state.mod_revision(keys.node_lease(node_id).path) > 0
@@ -153,6 +166,11 @@ class StoreView:
         """The cluster's id; empty before the first server has written it."""
         config = self._state.find(keys.CLUSTER_CONFIG)
         return config.value.cluster_id if config is not None else ""
+
+    @property
+    def restoring(self) -> bool:
+        """Whether the records of a backup are being put in, or a restore broke off."""
+        return self._state.mod_revision(keys.RESTORING.path) > 0
 
     # --- following
 

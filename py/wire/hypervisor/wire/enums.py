@@ -4,22 +4,25 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from hypervisor.core import machines, restarts, states
+from hypervisor.core import machines, moves, restarts, states
 from hypervisor.core.errors import InvalidArgument
 from hypervisor.core.images import ImageKind, ImageState
-from hypervisor.v1 import image_pb2, instance_pb2, node_pb2, operation_pb2
+from hypervisor.v1 import cluster_pb2, image_pb2, instance_pb2, node_pb2, operation_pb2
 
 if TYPE_CHECKING:  # the name exists in the type stubs only
     from google.protobuf.internal.enum_type_wrapper import _EnumTypeWrapper
 
 __all__ = [
     "DESIRED_STATE",
+    "DRAIN_INSTANCE_STATE",
     "FIRMWARE",
     "IMAGE_KIND",
     "IMAGE_STATE",
     "INSTANCE_STATUS",
     "INSTANCE_TYPE",
     "LABEL_OPERATOR",
+    "MOVE_PHASE",
+    "MOVE_STRATEGY",
     "NODE_ROLE",
     "NODE_STATUS",
     "OPERATION_STATE",
@@ -77,6 +80,9 @@ TOLERATION_OPERATOR = EnumMap(states.TolerationOperator, instance_pb2.Toleration
 FIRMWARE = EnumMap(machines.Firmware, instance_pb2.Firmware, "FIRMWARE")
 VMM = EnumMap(machines.VmmChoice, instance_pb2.Vmm, "VMM")
 SNAPSHOT_KIND = EnumMap(machines.SnapshotKind, instance_pb2.SnapshotKind, "SNAPSHOT_KIND")
+MOVE_STRATEGY = EnumMap(moves.MoveStrategy, instance_pb2.MoveStrategy, "MOVE_STRATEGY")
+MOVE_PHASE = EnumMap(moves.MovePhase, instance_pb2.InstanceMove.Phase, "PHASE")
+DRAIN_INSTANCE_STATE = EnumMap(moves.MoveState, cluster_pb2.DrainInstance.State, "STATE")
 IMAGE_KIND = EnumMap(ImageKind, image_pb2.ImageKind, "IMAGE_KIND")
 IMAGE_STATE = EnumMap(ImageState, image_pb2.ImageState, "IMAGE_STATE")
 RESTART_CONDITION = EnumMap(restarts.RestartCondition, instance_pb2.RestartCondition, "RESTART_CONDITION")

@@ -26,7 +26,13 @@ from hypervisor.wire.machines import (
     vm_from_wire,
     vm_to_wire,
 )
-from hypervisor.wire.restarts import policy_from_wire, policy_to_wire, restarts_from_wire, restarts_to_wire
+from hypervisor.wire.moves import move_to_wire, policy_from_wire, policy_to_wire
+from hypervisor.wire.restarts import (
+    restart_policy_from_wire,
+    restart_policy_to_wire,
+    restarts_from_wire,
+    restarts_to_wire,
+)
 from hypervisor.wire.stats import stats_to_wire
 from hypervisor.wire.times import datetime_of, timestamp_of
 
@@ -64,7 +70,8 @@ def spec_to_wire(spec: InstanceSpec) -> instance_pb2.InstanceSpec:
         networks=map(network_to_wire, spec.networks),
         vm=vm_to_wire(spec.vm),
         microvm=microvm_to_wire(spec.microvm),
-        restart=policy_to_wire(spec.restart),
+        restart=restart_policy_to_wire(spec.restart),
+        move=policy_to_wire(spec.move),
     )
 
 
@@ -93,7 +100,8 @@ def spec_from_wire(spec: instance_pb2.InstanceSpec) -> InstanceSpec:
         networks=tuple(map(network_from_wire, spec.networks)),
         vm=vm_from_wire(spec),
         microvm=microvm_from_wire(spec),
-        restart=policy_from_wire(spec),
+        restart=restart_policy_from_wire(spec),
+        move=policy_from_wire(spec),
     )
 
 
@@ -126,6 +134,8 @@ def instance_to_wire(
         updated_at=timestamp_of(instance.updated_at),
         placement=None if instance.placement is None else record_to_wire(instance.placement),
         restarts=restarts_to_wire(instance.restarts),
+        move=move_to_wire(instance),
+        home_node_id=instance.home,
     )
     if instance.exit_code is not None:
         message.exit_code = instance.exit_code

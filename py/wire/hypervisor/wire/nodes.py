@@ -116,6 +116,7 @@ def node_to_wire(
     last_heartbeat_at: datetime | None = None,
     allocatable: Resources | None = None,
     health: node_pb2.PlacementHealth | None = None,
+    drain: node_pb2.NodeDrain | None = None,
 ) -> node_pb2.Node:
     """The record as users see it. Without ``resources`` only the node's capacity is known."""
     amount = node.capacity if allocatable is None else allocatable
@@ -152,4 +153,5 @@ def node_to_wire(
             cpu_cores=cores(amount.cpu_millis), memory_bytes=amount.memory_bytes, disk_bytes=amount.disk_bytes
         ),
         placement_health=health,
+        drain=drain,
     )

@@ -5,12 +5,12 @@ from hypervisor.v1 import instance_pb2
 from hypervisor.wire.enums import RESTART_CONDITION
 from hypervisor.wire.times import datetime_of, duration_of, seconds_of, timestamp_of
 
-__all__ = ["policy_from_wire", "policy_to_wire", "restarts_from_wire", "restarts_to_wire"]
+__all__ = ["restart_policy_from_wire", "restart_policy_to_wire", "restarts_from_wire", "restarts_to_wire"]
 
 _DEFAULT = RestartPolicy()
 
 
-def policy_to_wire(policy: RestartPolicy | None) -> instance_pb2.RestartPolicy | None:
+def restart_policy_to_wire(policy: RestartPolicy | None) -> instance_pb2.RestartPolicy | None:
     """A policy, defaults filled in; None stays None."""
     if policy is None:
         return None
@@ -25,7 +25,7 @@ def policy_to_wire(policy: RestartPolicy | None) -> instance_pb2.RestartPolicy |
     return message
 
 
-def policy_from_wire(spec: instance_pb2.InstanceSpec) -> RestartPolicy | None:
+def restart_policy_from_wire(spec: instance_pb2.InstanceSpec) -> RestartPolicy | None:
     """That of a specification; None where it never starts anything. Limits are not checked here."""
     message = spec.restart
     condition = RESTART_CONDITION.from_wire(message.condition) or RestartCondition.NEVER

@@ -22,6 +22,7 @@ __all__ = ["instance"]
         "resume": Place("instance_states:resume", "Let paused instances go on."),
         "suspend": Place("instance_states:suspend", "Put the memory of instances on disk and end them."),
         "snapshot": Place("instance_snapshots:snapshot", "Keep states of an instance, and go back to them."),
+        "move": Place("instance_move:move", "Move instances to other nodes."),
         "delete": Place("instance_actions:delete", "Remove instances and everything they use."),
         "stats": Place("instance_stats:stats", "Show what an instance uses."),
         "console": Place("instance_console:console", "Attach to the terminal of an instance."),

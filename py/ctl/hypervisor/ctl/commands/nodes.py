@@ -5,16 +5,16 @@ from collections.abc import Sequence
 import click
 
 from hypervisor.ctl.bulk import Task, run_tasks
+from hypervisor.ctl.commands.node_drain import drain, restore_nodes
 from hypervisor.ctl.display.columns import node_columns
 from hypervisor.ctl.invocation import Invocation, pass_invocation
 from hypervisor.ctl.options import DURATION, NAME, connected, formatted, listed, watchable
-from hypervisor.ctl.output import ProgressLine, note, now_s, show_list, show_one
+from hypervisor.ctl.output import now_s, show_list, show_one
 from hypervisor.ctl.paging import Listing, joined, list_all
-from hypervisor.ctl.session import READ_TIMEOUT_S, Deadline, Session, translated
+from hypervisor.ctl.session import READ_TIMEOUT_S, Deadline, Session
 from hypervisor.v1.cluster_pb2 import (
     CordonNodeRequest,
     DeregisterNodeRequest,
-    DrainNodeRequest,
     GetNodeRequest,
     ListNodesRequest,
     TaintNodeRequest,
@@ -146,12 +146,32 @@ def cordon(
 
 @node.command("uncordon")
 @_nodes
+@click.option("--restore", is_flag=True, help="Bring the instances home as well that drains took from them.")
+@click.option(
+    "--give-up-after",
+    "limit_s",
+    type=DURATION,
+    metavar="DURATION",
+    help="With --restore: end it after this. Default: 10m.",
+)
 @_version
 @formatted
 @connected
 @pass_invocation
-def uncordon(invocation: Invocation, *, nodes: Sequence[str], resource_version: int | None) -> None:
+def uncordon(
+    invocation: Invocation,
+    *,
+    nodes: Sequence[str],
+    restore: bool,
+    limit_s: float | None,
+    resource_version: int | None,
+) -> None:
     """Let new instances be placed on nodes again."""
+    if restore:
+        if resource_version is not None:
+            raise click.UsageError("--if-version does not go with --restore")
+        restore_nodes(invocation, nodes, limit_s=limit_s)
+        return
     session = invocation.session()
     tasks = [
         Task(
@@ -222,36 +242,4 @@ def deregister(invocation: Invocation, *, nodes: Sequence[str], resource_version
     run_tasks(invocation, tasks, done="deregistered")
 
 
-@node.command("drain")
-@_node
-@click.option(
-    "--give-up-after",
-    "limit_s",
-    type=DURATION,
-    metavar="DURATION",
-    help="End the drain after this. Default: 10m.",
-)
-@formatted
-@connected
-@pass_invocation
-def drain(invocation: Invocation, *, node: str, limit_s: float | None) -> None:
-    """Move everything off a node."""
-    import uuid
-
-    session = invocation.session()
-    request = DrainNodeRequest(node=node, request_id=str(uuid.uuid4()))
-    if limit_s is not None:
-        request.timeout.FromNanoseconds(int(limit_s * 1e9))
-    line = ProgressLine.for_terminal()
-    with translated(session.server):
-        steps = session.cluster.DrainNode(request, timeout=invocation.timeout_s, metadata=session.metadata)
-        for step in steps:
-            text = f"{step.instances_moved} of {step.instances_total} moved: {step.message}"
-            if line is not None:
-                line.say(text)
-            else:
-                note(text)
-    if line is not None:
-        line.clear()
-    if not invocation.quiet:
-        click.echo(f"node {node} drained")
+node.add_command(drain)

@@ -9,11 +9,14 @@ if TYPE_CHECKING:
     from google.protobuf.timestamp_pb2 import Timestamp
 
     from hypervisor.v1.image_pb2 import Image
-    from hypervisor.v1.instance_pb2 import Instance, InstanceSpec, Toleration
+    from hypervisor.v1.instance_pb2 import Instance, InstanceSpec, LabelConstraint, Toleration
+    from hypervisor.v1.maintenance_pb2 import DisruptionBudget
     from hypervisor.v1.node_pb2 import DriverInfo, Node, Taint
     from hypervisor.v1.operation_pb2 import Operation
 
 __all__ = [
+    "budget_limit",
+    "constraint",
     "cores",
     "drivers",
     "enum_name",
@@ -22,6 +25,8 @@ __all__ = [
     "instance_status",
     "labels",
     "memory_of",
+    "move",
+    "move_policy",
     "node_status",
     "operation_outcome",
     "placements",
@@ -96,6 +101,50 @@ def image_state(image: "Image") -> str:
 
     state = enum_name(ImageState.Name(image.state), "IMAGE_STATE_")
     return state if image.servers or state != "ready" else "unavailable"
+
+
+def move(instance: "Instance") -> str:
+    """Its move, or what is left of one."""
+    if not instance.HasField("move"):
+        return ""
+    from hypervisor.v1.instance_pb2 import InstanceMove, MoveStrategy
+
+    moved = instance.move
+    how = enum_name(MoveStrategy.Name(moved.strategy), "MOVE_STRATEGY_")
+    phase = enum_name(InstanceMove.Phase.Name(moved.phase), "PHASE_")
+    lost = f"; lost is {moved.loses}" if moved.loses else ""
+    return f"from node {moved.source_node_id} to {moved.target_node_id} by {how}, {phase}{lost}"
+
+
+def move_policy(spec: "InstanceSpec") -> str:
+    """How it is to be moved."""
+    if not spec.HasField("move"):
+        return ""
+    from hypervisor.v1.instance_pb2 import MoveStrategy
+
+    parts = [enum_name(MoveStrategy.Name(spec.move.strategy), "MOVE_STRATEGY_")]
+    if spec.move.healthy_after.ToNanoseconds():
+        parts.append(f"after running {spec.move.healthy_after.ToNanoseconds() / 1e9:g}s")
+    if spec.move.allow_disk_loss:
+        parts.append("its disk may be lost")
+    return ", ".join(filter(None, parts))
+
+
+def constraint(condition: "LabelConstraint") -> str:
+    """A condition on a label."""
+    from hypervisor.v1.instance_pb2 import LabelConstraint
+
+    if condition.operator == LabelConstraint.OPERATOR_EXISTS:
+        return condition.key
+    word = "not in" if condition.operator == LabelConstraint.OPERATOR_NOT_IN else "in"
+    return f"{condition.key} {word} ({', '.join(condition.values)})"
+
+
+def budget_limit(budget: "DisruptionBudget") -> str:
+    """What a budget allows."""
+    if budget.WhichOneof("limit") == "min_available":
+        return f"at least {budget.min_available} there"
+    return f"at most {budget.max_unavailable} away"
 
 
 def exit_of(instance: "Instance") -> str:

@@ -10,13 +10,16 @@ from hypervisor.ctl.quantities import readable_bytes
 if TYPE_CHECKING:
     from google.protobuf.timestamp_pb2 import Timestamp
 
-    from hypervisor.v1.cluster_pb2 import Event
+    from hypervisor.v1.cluster_pb2 import DrainInstance, Event
     from hypervisor.v1.image_pb2 import Image
     from hypervisor.v1.instance_pb2 import Instance, InstanceStats, Pressure, Snapshot
+    from hypervisor.v1.maintenance_pb2 import DisruptionBudget
     from hypervisor.v1.node_pb2 import Node
     from hypervisor.v1.operation_pb2 import Operation
 
 __all__ = [
+    "budget_columns",
+    "drain_columns",
     "event_columns",
     "image_columns",
     "instance_columns",
@@ -92,6 +95,35 @@ def snapshot_columns(now_s: float) -> "list[Column[Snapshot]]":
             "SIZE", lambda s: readable_bytes(s.size_bytes) if s.HasField("size_bytes") else "", right=True
         ),
         Column("AGE", lambda s: cells.since(s.created_at, now_s), right=True),
+    ]
+
+
+def budget_columns(now_s: float) -> "list[Column[DisruptionBudget]]":
+    """Disruption budgets."""
+    return [
+        Column("NAME", lambda b: b.name),
+        Column("SELECTOR", lambda b: ", ".join(map(cells.constraint, b.selector)), shrinks=True),
+        Column("LIMIT", cells.budget_limit),
+        Column("RUNNING", lambda b: f"{b.available}/{b.members}", right=True),
+        Column("MORE MAY GO", lambda b: str(b.allowed), right=True),
+        Column("AGE", lambda b: cells.since(b.created_at, now_s), right=True),
+        Column("PROJECT", lambda b: b.project, wide=True),
+    ]
+
+
+def drain_columns(hostnames: Mapping[str, str]) -> "list[Column[DrainInstance]]":
+    """Instances of a drain; ``hostnames`` of nodes by id."""
+    from hypervisor.v1.cluster_pb2 import DrainInstance
+    from hypervisor.v1.instance_pb2 import MoveStrategy
+
+    return [
+        Column("NAME", lambda i: i.name),
+        Column("STATE", lambda i: cells.enum_name(DrainInstance.State.Name(i.state), "STATE_")),
+        Column("STRATEGY", lambda i: cells.enum_name(MoveStrategy.Name(i.strategy), "MOVE_STRATEGY_")),
+        Column("TO NODE", lambda i: hostnames.get(i.target_node_id, i.target_node_id)),
+        Column("MESSAGE", lambda i: i.message, shrinks=True),
+        Column("ID", lambda i: i.instance_id, wide=True),
+        Column("PROJECT", lambda i: i.project, wide=True),
     ]
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from hypervisor.v1.cluster_pb2 import ClusterInfo
     from hypervisor.v1.image_pb2 import Image
-    from hypervisor.v1.instance_pb2 import AffinityTerm, Instance, LabelConstraint, SpreadTerm
+    from hypervisor.v1.instance_pb2 import AffinityTerm, Instance, SpreadTerm
     from hypervisor.v1.node_pb2 import DriverInfo, Node
     from hypervisor.v1.operation_pb2 import Operation
 
@@ -47,22 +47,13 @@ def _quoted(words: Iterable[str]) -> str:
     return shlex.join(words)
 
 
-def _constraint(constraint: "LabelConstraint") -> str:
-    from hypervisor.v1.instance_pb2 import LabelConstraint
-
-    if constraint.operator == LabelConstraint.OPERATOR_EXISTS:
-        return constraint.key
-    word = "not in" if constraint.operator == LabelConstraint.OPERATOR_NOT_IN else "in"
-    return f"{constraint.key} {word} ({', '.join(constraint.values)})"
-
-
 def _term(term: "AffinityTerm | SpreadTerm") -> str:
     from hypervisor.v1.instance_pb2 import SpreadTerm
 
     soft = isinstance(term, SpreadTerm) or term.preferred
     prefix = "preferred " if soft and not isinstance(term, SpreadTerm) else ""
     weight = f" (weight {term.weight})" if soft and term.weight != _DEFAULT_WEIGHT else ""
-    return f"{prefix}{', '.join(map(_constraint, term.selector))} by {term.topology}{weight}"
+    return f"{prefix}{', '.join(map(cells.constraint, term.selector))} by {term.topology}{weight}"
 
 
 def image_details(image: "Image", *, now_s: float) -> str:
@@ -126,7 +117,7 @@ def instance_details(instance: "Instance", *, node: "Node | None", now_s: float)
             ("Processes", f"at most {spec.pids_limit}" if spec.pids_limit else ""),
             ("Environment", ",".join(f"{key}={spec.env[key]}" for key in sorted(spec.env))),
             ("Labels", cells.labels(instance.labels)),
-            ("Selector", ", ".join(_constraint(c) for c in spec.node_selector)),
+            ("Selector", ", ".join(cells.constraint(c) for c in spec.node_selector)),
             ("Pinned to", spec.node),
             ("Tolerates", ", ".join(map(cells.toleration, spec.tolerations))),
             ("Affinity", "; ".join(map(_term, spec.affinity))),
@@ -136,6 +127,9 @@ def instance_details(instance: "Instance", *, node: "Node | None", now_s: float)
                 "Placement",
                 cells.enum_name(PlacementPolicy.Name(spec.placement_policy), "PLACEMENT_POLICY_"),
             ),
+            ("Moves", cells.move(instance)),
+            ("Home", instance.home_node_id),
+            ("To be moved", cells.move_policy(instance.spec)),
             ("Created", _moment(instance.created_at, now_s)),
             ("Started", _moment(instance.started_at, now_s)),
             ("Finished", _moment(instance.finished_at, now_s)),

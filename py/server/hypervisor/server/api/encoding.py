@@ -122,6 +122,7 @@ class Encoder:
             last_heartbeat_at=heard_at,
             allocatable=self._nodes.allocatable(found.value),
             health=self._health(found.value.id),
+            drain=self._drain(found.value.id),
         )
 
     def _health(self, node_id: str) -> node_pb2.PlacementHealth | None:
@@ -133,6 +134,21 @@ class Encoder:
             failures=known.failures,
             last_failure_at=timestamp_of(known.last_failure_at),
             last_failure=known.last_failure,
+        )
+
+    def _drain(self, node_id: str) -> node_pb2.NodeDrain | None:
+        known = self._view.drain(node_id)
+        if known is None:
+            return None
+        drain = known.value
+        return node_pb2.NodeDrain(
+            kind=drain.kind.value,
+            active=drain.active,
+            operation_id=drain.operation_id,
+            started_at=timestamp_of(drain.started_at),
+            finished_at=timestamp_of(drain.finished_at),
+            message=drain.message,
+            instances_total=drain.total,
         )
 
     def operation(self, found: Versioned[OperationRecord], *, bare: bool = False) -> operation_pb2.Operation:

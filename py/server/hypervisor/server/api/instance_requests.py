@@ -10,6 +10,7 @@ from hypervisor.core.images import IMAGE_PREFIX, image_name_of
 from hypervisor.core.names import check_dns_label, check_labels, shorten
 from hypervisor.core.states import DesiredState, InstanceType
 from hypervisor.server.api.machine_requests import check_machine
+from hypervisor.server.api.move_requests import check_move_policy
 from hypervisor.server.api.placement_requests import check_placement
 from hypervisor.server.api.restart_requests import check_restart
 from hypervisor.server.api.violations import MAX_OBJECT_NAME, Violations
@@ -67,6 +68,8 @@ _OUTPUT_ONLY = (
     "updated_at",
     "placement",
     "restarts",
+    "move",
+    "home_node_id",
 )
 _MACHINE_FIELDS = ("kernel_path", "initrd_path", "kernel_args")
 _CONTAINER_FIELDS = ("command", "env", "working_dir", "pids_limit")
@@ -82,6 +85,7 @@ VersionedRequest = (
     | compute_pb2.CreateSnapshotRequest
     | compute_pb2.RestoreSnapshotRequest
     | compute_pb2.DeleteSnapshotRequest
+    | compute_pb2.MoveInstanceRequest
 )
 """Requests that change one instance that exists."""
 
@@ -168,6 +172,7 @@ def _check_spec(
     _check_env(wrong, spec.env, at)
     check_placement(wrong, spec, at)
     check_restart(wrong, spec, at)
+    check_move_policy(wrong, spec, at)
     if spec.placement_policy != 0 and PLACEMENT_POLICY.from_wire(spec.placement_policy) is None:
         wrong.add(f"{at}placement_policy", "is not known: use SPREAD or BINPACK, or leave it empty")
     if len(spec.node) > MAX_OBJECT_NAME:

@@ -42,6 +42,7 @@ _OUTPUT_ONLY = (
     "resource_version",
     "allocatable",
     "placement_health",
+    "drain",
 )
 
 

@@ -1,12 +1,10 @@
 """ClusterService: nodes, the agents' side of them, and the cluster as a whole. Parses, calls, converts."""
 
 from collections import Counter
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
-from hypervisor.core.errors import Unimplemented
 from hypervisor.core.model import Allocation, Node, NodeResources, OperationRecord
 from hypervisor.core.states import NodeRole, NodeStatus
 from hypervisor.server.api.digest import payload_digest
@@ -117,7 +115,7 @@ class NodeHandlers:
 
     @property
     def handlers(self) -> dict[str, Handler]:
-        """What ClusterService offers, but for WatchEvents."""
+        """What ClusterService offers, but for WatchEvents and DrainNode."""
         return {
             "RegisterNode": self.register,
             "DeregisterNode": self.deregister,
@@ -130,7 +128,6 @@ class NodeHandlers:
             "UncordonNode": self.uncordon,
             "TaintNode": self.taint,
             "UntaintNode": self.untaint,
-            "DrainNode": self.drain,
         }
 
     async def register(
@@ -300,16 +297,6 @@ class NodeHandlers:
                 node, _mutation(request, call), resource_version=request.resource_version
             )
         )
-
-    async def drain(
-        self, request: cluster_pb2.DrainNodeRequest, call: Call
-    ) -> AsyncIterator[cluster_pb2.DrainNodeProgress]:
-        raise Unimplemented(
-            "DrainNode is not offered by this version, as instances cannot move between nodes yet: cordon the node "
-            "(CordonNode), then delete its instances or create them anew",
-            reason="DRAIN_NOT_IMPLEMENTED",
-        )
-        yield cluster_pb2.DrainNodeProgress()  # makes this the generator that a streaming method is
 
     def _answer(self, operation: Versioned[OperationRecord]) -> operation_pb2.Operation:
         return self._encoder.operation(operation)

@@ -9,7 +9,7 @@ from hypervisor.v1 import instance_pb2, node_pb2
 from hypervisor.wire.enums import LABEL_OPERATOR, TAINT_EFFECT, TOLERATION_OPERATOR
 from hypervisor.wire.nodes import taint_from_wire
 
-__all__ = ["check_label_key", "check_placement", "check_taint", "taints_of"]
+__all__ = ["check_constraints", "check_label_key", "check_placement", "check_taint", "taints_of"]
 
 _MAX_CONSTRAINTS = 32
 _MAX_CONSTRAINT_VALUES = 64
@@ -22,7 +22,7 @@ _MAX_WEIGHT = 100
 
 def check_placement(wrong: Violations, spec: instance_pb2.InstanceSpec, at: str) -> None:
     """Everything of a spec that says where the instance may be and wants to be."""
-    _check_constraints(wrong, f"{at}node_selector", spec.node_selector, most=_MAX_CONSTRAINTS, whose="nodes")
+    check_constraints(wrong, f"{at}node_selector", spec.node_selector, most=_MAX_CONSTRAINTS, whose="nodes")
     _check_count(wrong, f"{at}tolerations", len(spec.tolerations), _MAX_TOLERATIONS)
     for index, toleration in enumerate(spec.tolerations[:_MAX_TOLERATIONS]):
         _check_toleration(wrong, f"{at}tolerations[{index}]", toleration)
@@ -80,7 +80,7 @@ def _check_term(
 ) -> None:
     if not term.selector:
         wrong.add(f"{field}.selector", "is required: say by their labels which instances are meant")
-    _check_constraints(
+    check_constraints(
         wrong, f"{field}.selector", term.selector, most=_MAX_TERM_CONSTRAINTS, whose="instances"
     )
     if term.topology:
@@ -105,7 +105,7 @@ def _check_toleration(wrong: Violations, field: str, toleration: instance_pb2.To
         wrong.add(f"{field}.effect", "is not known: use NO_SCHEDULE or PREFER_NO_SCHEDULE, or leave it out")
 
 
-def _check_constraints(
+def check_constraints(
     wrong: Violations,
     at: str,
     constraints: Sequence[instance_pb2.LabelConstraint],
@@ -113,6 +113,7 @@ def _check_constraints(
     most: int,
     whose: str,
 ) -> None:
+    """Conditions on labels, ``most`` at most; ``whose`` says what has the labels."""
     if len(constraints) > most:
         wrong.add(at, f"has {len(constraints)} conditions: use at most {most}")
         return

@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 
 from hypervisor.core.model import Instance, Node, OperationRecord
 from hypervisor.core.states import TRANSITIONAL, DesiredState, InstanceStatus, NodeStatus, can_move
+from hypervisor.server.verbs import LED
 
 __all__ = [
     "Action",
@@ -18,6 +19,7 @@ __all__ = [
     "PurgeOperation",
     "RedriveOperation",
     "RemoveLeftover",
+    "RemoveOldCopy",
     "Situation",
     "decide",
 ]
@@ -52,6 +54,13 @@ class RemoveLeftover:
 
 
 @dataclass(frozen=True, slots=True)
+class RemoveOldCopy:
+    """Its move is over, and what that left on a node which is there has not been removed."""
+
+    instance_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class InspectNode:
     """Something on it is not known, and it can be asked."""
 
@@ -65,7 +74,15 @@ class PurgeOperation:
     operation_id: str
 
 
-Action = MarkNodeOffline | MarkUnknown | RedriveOperation | RemoveLeftover | InspectNode | PurgeOperation
+Action = (
+    MarkNodeOffline
+    | MarkUnknown
+    | RedriveOperation
+    | RemoveLeftover
+    | RemoveOldCopy
+    | InspectNode
+    | PurgeOperation
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +124,10 @@ def _instances(instances: Iterable[Instance], nodes: dict[str, Node]) -> Iterato
         if instance.operation_id or node is None:
             continue
         offline = node.status is NodeStatus.OFFLINE
+        if instance.move is not None and instance.desired is not DesiredState.DELETED:
+            other = nodes.get(instance.move.other(instance.node_id)[0])
+            if other is not None and other.status is not NodeStatus.OFFLINE:
+                yield RemoveOldCopy(instance.id)
         if instance.desired is DesiredState.DELETED:
             if not offline:
                 yield RemoveLeftover(instance.id)
@@ -126,6 +147,8 @@ def _operations(situation: Situation, instances: dict[str, Instance]) -> Iterato
         if operation.done:
             if operation.finished_at is not None and operation.finished_at < oldest_kept:
                 yield PurgeOperation(operation.id)
+            continue
+        if operation.verb in LED:
             continue
         instance = instances.get(operation.object_id)
         deadline = instance.transition_deadline if instance is not None else None

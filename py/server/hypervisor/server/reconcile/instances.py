@@ -144,8 +144,10 @@ def _of_records(situation: NodeSituation) -> Iterator[NodeAction]:
         seen = situation.observed.get(instance.id)
         if seen is None:
             yield from _missing(instance, situation)
+        elif _newer(instance, seen):
+            yield TakeIn(seen)  # The store went back: the record follows (adopting.py).
         elif seen.epoch > instance.epoch or seen.generation > instance.generation:
-            yield KeepOrphan(seen, "it is newer than its record: was the store restored?")
+            yield KeepOrphan(seen, "it is newer than its record says")
         elif (seen.epoch, seen.generation) != (instance.epoch, instance.generation):
             # Whatever was made of its successor is not there (any more).
             yield DeleteCopy(seen, "its record is of a newer placement or specification")
@@ -156,8 +158,8 @@ def _of_records(situation: NodeSituation) -> Iterator[NodeAction]:
 def _missing(instance: Instance, situation: NodeSituation) -> Iterator[NodeAction]:
     if instance.type not in situation.working:
         return  # It may well be there: whoever could tell does not answer.
-    if _is_lost(instance):
-        return
+    if _is_lost(instance) or instance.move is not None:
+        return  # What is left of a move is settled first.
     if _made_again(instance):
         yield CreateAgain(instance.id, instance.epoch)
     else:
@@ -187,14 +189,14 @@ def _of_others(situation: NodeSituation) -> Iterator[NodeAction]:
         record = situation.others.get(instance_id)
         if record is None:
             yield _unknown(seen, situation)
-        elif record.node_id == situation.node_id or record.operation_id:
+        elif record.node_id == situation.node_id or record.operation_id or record.move is not None:
             continue  # It was made or moved here since the records were looked at, or is on its way.
-        elif record.epoch > seen.epoch:
-            yield DeleteCopy(seen, f"it was placed on node {record.node_id} since")
+        elif _newer(record, seen):
+            yield TakeIn(seen)
+        elif record.epoch != seen.epoch:
+            yield DeleteCopy(seen, f"it is on node {record.node_id}, of another placement")
         else:
-            yield KeepOrphan(
-                seen, f"its record says that it is on node {record.node_id}, of no newer placement"
-            )
+            yield KeepOrphan(seen, f"its record says that this very placement is on node {record.node_id}")
 
 
 def _unknown(seen: Observation, situation: NodeSituation) -> NodeAction:
@@ -204,6 +206,11 @@ def _unknown(seen: Observation, situation: NodeSituation) -> NodeAction:
     if since is None or situation.monotonic_s - since < situation.orphan_grace_s:
         return KeepOrphan(seen, "there is no record of it")
     return DeleteCopy(seen, "there has been no record of it for reconcile.orphan_grace", unknown=True)
+
+
+def _newer(instance: Instance, seen: Observation) -> bool:
+    """Whether it is a placement that the record never heard of, which no move is about."""
+    return seen.epoch >= instance.next_epoch and instance.move is None
 
 
 def _policy(instance: Instance) -> RestartPolicy | None:

@@ -1,9 +1,10 @@
 """Carries out what ``decide`` says, on the elected leader only, every commit fenced."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import structlog
 
@@ -23,6 +24,7 @@ from hypervisor.server.reconcile.decide import (
     PurgeOperation,
     RedriveOperation,
     RemoveLeftover,
+    RemoveOldCopy,
     Situation,
     decide,
 )
@@ -32,7 +34,10 @@ from hypervisor.server.services import ClusterChange, Kind, Versioned
 from hypervisor.server.store.storage import Compare, Election, Storage
 from hypervisor.server.view import StoreView
 
-__all__ = ["Reconciler", "ReconcilerSettings"]
+__all__ = ["Duty", "Reconciler", "ReconcilerSettings"]
+
+Duty = Callable[[Compare], Coroutine[Any, Any, None]]
+"""Work that goes on while this server leads, and is cancelled when it does no longer; every commit with the fence."""
 
 _PARALLEL = 64
 
@@ -69,6 +74,7 @@ class Reconciler:
         *,
         server_id: str,
         settings: ReconcilerSettings | None = None,
+        duties: Sequence[Duty] = (),
     ) -> None:
         self._storage = storage
         self._view = view
@@ -78,6 +84,7 @@ class Reconciler:
         self._clock = clock
         self._server_id = server_id
         self._settings = settings or ReconcilerSettings()
+        self._duties = tuple(duties)
         self._changed = asyncio.Event()
         self._leading = False
         self._next_purge = clock.monotonic()
@@ -107,17 +114,19 @@ class Reconciler:
 
     async def _lead_until_lost(self, election: Election, fence: Compare) -> None:
         losing = asyncio.create_task(election.lost(), name="leadership")
-        leading = asyncio.create_task(self._lead(fence), name="reconcile")
+        leading = {asyncio.create_task(self._lead(fence), name="reconcile")}
+        leading |= {asyncio.create_task(duty(fence), name="duty") for duty in self._duties}
         self._leading = True
         try:
-            await asyncio.wait({losing, leading}, return_when=asyncio.FIRST_COMPLETED)
-            if leading.done():
-                leading.result()
+            await asyncio.wait({losing, *leading}, return_when=asyncio.FIRST_COMPLETED)
+            for task in leading:
+                if task.done():
+                    task.result()
         finally:
             self._leading = False
-            for task in (losing, leading):
+            for task in (losing, *leading):
                 task.cancel()
-            await asyncio.wait({losing, leading})
+            await asyncio.wait({losing, *leading})
 
     async def _lead(self, fence: Compare) -> None:
         await self._view.wait_revision(fence.mod_revision)
@@ -130,7 +139,7 @@ class Reconciler:
         history = HistoryKeeper(keep_s=self._settings.history_s, interval_s=self._settings.history_interval_s)
         while True:
             self._changed.clear()
-            if not self._view.stale:
+            if not self._view.stale and not self._view.restoring:
                 await self.step(fence)
                 self._nodes.begin_due(asking, fence)
                 await self._forget_history(history)
@@ -195,6 +204,8 @@ class Reconciler:
                     await self._executor.take_over(operation_id)
                 case RemoveLeftover(instance_id):
                     self._executor.remove_leftover(instance_id)
+                case RemoveOldCopy(instance_id):
+                    self._executor.remove_old_copy(instance_id)
                 case InspectNode(node_id):
                     self._nodes.ask(node_id)
                 case PurgeOperation(operation_id):

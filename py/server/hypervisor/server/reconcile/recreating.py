@@ -54,7 +54,8 @@ def begin_create_again(
         return None
     again = structs.replace(
         instance,
-        epoch=instance.epoch + 1,
+        epoch=instance.next_epoch,
+        last_epoch=0,
         status=InstanceStatus.CREATING,
         status_reason="RECREATED",
         status_message="its node lost it: it is made again",
