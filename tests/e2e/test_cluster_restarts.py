@@ -125,7 +125,10 @@ def test_a_crash_while_no_server_runs_is_mended_and_told_later(cluster: ProgramC
 def test_a_container_that_is_removed_by_hand_is_made_again_as_its_policy_says(
     cluster: ProgramCluster, image: str
 ) -> None:
-    create(cluster, image, "web", *RESTART)
+    # A restart that waits: else the node would be quicker than the hand.
+    policy = "{condition: on-failure, initial_delay: 10m, max_delay: 10m}"
+    spec = f"{{image: '{image}', cpu_cores: 0.1, memory_mb: 32, command: [sleep, '600'], restart: {policy}}}"
+    cluster.must("instance", "create", "-f", "-", stdin=f"name: web\ntype: container\nspec: {spec}\n")
     create(cluster, image, "plain")
     before = {name: cluster.instance(name) for name in ("web", "plain")}
 
@@ -139,8 +142,8 @@ def test_a_container_that_is_removed_by_hand_is_made_again_as_its_policy_says(
         web = cluster.instance("web")
         return bool(web["status"] == "INSTANCE_STATUS_RUNNING" and web["epoch"] != before["web"]["epoch"])
 
-    eventually(made_again, what="it is made again", timeout_s=120.0)
-    cluster.wait_status("plain", "FAILED", timeout_s=120.0)
+    eventually(made_again, what="it is made again", timeout_s=60.0)
+    cluster.wait_status("plain", "FAILED", timeout_s=30.0)
     assert list(pids(cluster)) == [before["web"]["id"]]
     remove(cluster, "web", "plain")
 

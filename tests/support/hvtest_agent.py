@@ -37,8 +37,8 @@ class MemoryAgent:
     ``unreachable``  every call fails as if the network were cut
     ``failures``     error of the next call of a verb (once)
     ``gates``        calls of a verb wait for this event first
-    ``calls``        (verb, instance id) in the order they arrived, but for those of list
-    ``looks``        how often it was asked for all it has
+    ``calls``        (verb, instance id) in the order they arrived, but for the reconciler's looks
+    ``looks``        how often the reconciler asked for all it has
     ``images``       what each create was told of images, by instance id
     """
 
@@ -175,29 +175,29 @@ class MemoryAgent:
     def _serve(self, verb: str, instance_id: str, context: CallContext) -> "_Serving":
         assert context.timeout_s > 0, "every call has a deadline"
         assert context.request_id, "every call has a request id"
-        return _Serving(self, verb, instance_id, context.timeout_s)
+        return _Serving(self, verb, instance_id, context)
 
 
 class _Serving:
     """One call: waits for its turn and its gate, fails if it shall."""
 
-    def __init__(self, agent: MemoryAgent, verb: str, instance_id: str, timeout_s: float) -> None:
+    def __init__(self, agent: MemoryAgent, verb: str, instance_id: str, context: CallContext) -> None:
         self._agent = agent
         self._verb = verb
-        self._timeout_s = timeout_s
+        self._context = context
         self._instance_id = instance_id
         self._lock = agent._locks.setdefault(instance_id, asyncio.Lock())
 
     async def __aenter__(self) -> None:
         agent = self._agent
-        if self._verb == "list":
+        if self._verb == "list" and self._context.request_id.startswith("reconcile-"):
             agent.looks += 1
         else:
             agent.calls.append((self._verb, self._instance_id))
         if agent.unreachable:
             raise _cut_off(agent.hostname)
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(self._context.timeout_s):
                 await self._lock.acquire()
                 try:
                     gate = agent.gates.get(self._verb)
