@@ -41,6 +41,11 @@ class PrivateLibvirtd:
         return f"qemu+unix:///system?socket={self.socket}"
 
     @property
+    def qemu_logs(self) -> Path:
+        """Where it keeps what QEMU says."""
+        return self.root / "log" / "qemu"
+
+    @property
     def pid_file(self) -> Path:
         """Where it writes its process's number, and by what its command line is known."""
         return self.run / "libvirtd.pid"
