@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 
 from msgspec import structs
 
+from hypervisor.core.images import Image, ImageDeletion, ImageKind, ImageState
 from hypervisor.core.model import Instance, InstanceSpec, Node, OperationRecord
 from hypervisor.core.states import (
     DesiredState,
@@ -15,6 +16,7 @@ from hypervisor.core.states import (
 )
 from hypervisor.server.reconcile.decide import (
     Action,
+    FinishImageDelete,
     InspectNode,
     MarkNodeOffline,
     MarkUnknown,
@@ -72,6 +74,7 @@ def decided(
     instances: Iterable[Instance] = (),
     operations: Iterable[OperationRecord] = (),
     servers: tuple[str, ...] = ("s-1",),
+    images: Iterable[Image] = (),
 ) -> tuple[Action, ...]:
     return decide(
         Situation(
@@ -83,6 +86,7 @@ def decided(
             servers_alive=servers,
             retention=timedelta(hours=24),
             patience=timedelta(seconds=60),
+            images=images,
         )
     )
 
@@ -131,3 +135,30 @@ def test_ended_operations_are_kept_for_their_time() -> None:
     kept = operation(state=OperationState.FAILED, finished_at=NOW - timedelta(hours=23))
     assert decided(operations=[ended], servers=()) == (PurgeOperation("op-1"),)
     assert decided(operations=[kept], servers=()) == ()
+
+
+def image(deletion: ImageDeletion | None, state: ImageState = ImageState.DELETING) -> Image:
+    return Image(
+        id="img-1",
+        name="linux",
+        project="default",
+        kind=ImageKind.KERNEL,
+        format="bzimage",
+        size_bytes=1,
+        sha256="0" * 64,
+        created_at=NOW,
+        state=state,
+        deletion=deletion,
+    )
+
+
+def test_a_delete_of_an_image_is_finished_when_its_server_is_dead_or_takes_too_long() -> None:
+    begun = ImageDeletion(operation=operation(verb="delete", object_kind="image", object_id="img-1"))
+    late = ImageDeletion(operation=operation(started_at=NOW - timedelta(seconds=61)))
+
+    assert decided(images=[image(begun)]) == ()
+    assert decided(images=[image(None, ImageState.READY)]) == ()
+    assert decided(images=[image(begun)], servers=()) == (FinishImageDelete("img-1"),)
+    assert decided(images=[image(late)]) == (FinishImageDelete("img-1"),)
+    # As an earlier version has left it.
+    assert decided(images=[image(None)]) == (FinishImageDelete("img-1"),)

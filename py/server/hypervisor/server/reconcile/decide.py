@@ -7,11 +7,13 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from hypervisor.core.images import Image, ImageState
 from hypervisor.core.model import Instance, Node, OperationRecord
 from hypervisor.core.states import TRANSITIONAL, DesiredState, InstanceStatus, NodeStatus, can_move
 
 __all__ = [
     "Action",
+    "FinishImageDelete",
     "InspectNode",
     "MarkNodeOffline",
     "MarkUnknown",
@@ -65,7 +67,22 @@ class PurgeOperation:
     operation_id: str
 
 
-Action = MarkNodeOffline | MarkUnknown | RedriveOperation | RemoveLeftover | InspectNode | PurgeOperation
+@dataclass(frozen=True, slots=True)
+class FinishImageDelete:
+    """It is being deleted, and its server is dead or takes too long."""
+
+    image_id: str
+
+
+Action = (
+    MarkNodeOffline
+    | MarkUnknown
+    | RedriveOperation
+    | RemoveLeftover
+    | InspectNode
+    | PurgeOperation
+    | FinishImageDelete
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +98,8 @@ class Situation:
     retention: timedelta
     patience: timedelta
     """How long after an operation's deadline its server is left to end it by itself."""
+    images: Iterable[Image] = ()
+    """Those that are being deleted, at least."""
 
 
 def decide(situation: Situation) -> tuple[Action, ...]:
@@ -91,6 +110,7 @@ def decide(situation: Situation) -> tuple[Action, ...]:
         *_nodes(nodes.values(), situation.nodes_alive),
         *_instances(instances.values(), nodes),
         *_operations(situation, instances),
+        *_images(situation),
     )
 
 
@@ -132,3 +152,17 @@ def _operations(situation: Situation, instances: dict[str, Instance]) -> Iterato
         overdue = deadline is not None and deadline + situation.patience < situation.now
         if overdue or operation.server_id not in situation.servers_alive:
             yield RedriveOperation(operation.id)
+
+
+def _images(situation: Situation) -> Iterator[Action]:
+    for image in situation.images:
+        if image.state is not ImageState.DELETING:
+            continue
+        # One that an earlier version began tells of no server.
+        operation = None if image.deletion is None else image.deletion.operation
+        if (
+            operation is None
+            or operation.server_id not in situation.servers_alive
+            or operation.started_at + situation.patience < situation.now
+        ):
+            yield FinishImageDelete(image.id)
