@@ -137,6 +137,10 @@ class LibvirtDriver:
         await self._sweep_remains(instance_id)
         return existed
 
+    async def collect(self) -> None:
+        """See ``Collecting``: images, kernels and initial RAM disks that were taken over for instances."""
+        await self._builder.sweep()
+
     async def _sweep_remains(self, instance_id: str) -> None:
         left = await asyncio.to_thread(
             sweep_remains, instance_id, logs=self._config.qemu_logs, cgroups=self._config.cgroup_root
