@@ -204,6 +204,7 @@ class _Agent:
             limit_bytes=settings.images.cache_bytes,
             clock=clock,
             known=self._certainly_known,
+            collect=self._health.collect,
         )
         self._manager = Manager(
             instances=instances,

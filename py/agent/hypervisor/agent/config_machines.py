@@ -53,6 +53,10 @@ class LibvirtSection(Section):
         description="Overlays, seeds and firmware variables of virtual machines, this agent's alone; libvirt's QEMU "
         "must be able to reach it.",
     )
+    qemu_logs: Path = pydantic.Field(
+        default=Path("/var/log/libvirt/qemu"),
+        description="Where libvirt keeps what QEMU says; the log of an instance goes with the instance.",
+    )
 
 
 class MicrovmSection(Section):
