@@ -1,7 +1,8 @@
 """`microvm.vmm: auto` on a node whose KVM takes a Linux kernel and hangs it: the real kernel, under the real VMMs."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import tempfile
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -63,24 +64,31 @@ async def run(driver: MicrovmDriver, node: LinuxFirecrackerBench) -> tuple[str, 
     return status.runtime, status.runtime_reason
 
 
-async def test_auto_takes_qemu_with_the_reason_and_keeps_the_answer() -> None:
-    with LinuxFirecrackerBench() as node:
-        async with choosing(node, timeout_s=PROBE_S) as driver:
-            made = assignment(node.shell())
-            # Waits for the probe, which would go on for ever without its limit.
-            async with asyncio.timeout(PROBE_S + 60.0 * PATIENCE):
-                await driver.create(made)
-            if (await driver.get(made.instance_id)).runtime.startswith("firecracker"):
-                pytest.skip("this machine's KVM runs Linux guests, as a boot probe has shown: see tests/kvm")
-            found, reason = await run(driver, node)
-        # Another agent: it would wait an hour, did it probe again.
-        async with choosing(node, timeout_s=3600.0) as driver:
-            again = await run(driver, node)
-
-        assert found.startswith("qemu ")
-        assert found.endswith("(tcg)")
-        assert reason == f"firecracker 1.12.1 did not make {node.kernel} say anything within {PROBE_S:g} s"
-        assert again == (found, reason)
-        # The guest that hung is gone.
-        assert not list((node.config.data_dir / "probes").iterdir())
+@pytest.fixture
+def node() -> Iterator[LinuxFirecrackerBench]:
+    with LinuxFirecrackerBench() as node, tempfile.TemporaryDirectory(prefix="hv-", dir="/tmp") as run_dir:
+        # QEMU's sockets are there: their paths have at most 107 bytes.
+        node.config = replace(node.config, run_dir=Path(run_dir))
+        yield node
         assert node.leftovers() == {}
+
+
+async def test_auto_takes_qemu_with_the_reason_and_keeps_the_answer(node: LinuxFirecrackerBench) -> None:
+    async with choosing(node, timeout_s=PROBE_S) as driver:
+        made = assignment(node.shell())
+        # Waits for the probe, which would go on for ever without its limit.
+        async with asyncio.timeout(PROBE_S + 60.0 * PATIENCE):
+            await driver.create(made)
+        if (await driver.get(made.instance_id)).runtime.startswith("firecracker"):
+            pytest.skip("this machine's KVM runs Linux guests, as a boot probe has shown: see tests/kvm")
+        found, reason = await run(driver, node)
+    # Another agent: it would wait an hour, did it probe again.
+    async with choosing(node, timeout_s=3600.0) as driver:
+        again = await run(driver, node)
+
+    assert found.startswith("qemu ")
+    assert found.endswith("(tcg)")
+    assert reason == f"firecracker 1.12.1 did not make {node.kernel} say anything within {PROBE_S:g} s"
+    assert again == (found, reason)
+    # The guest that hung is gone.
+    assert not list((node.config.data_dir / "probes").iterdir())
