@@ -152,7 +152,13 @@ def platform(runner: asyncio.Runner, *, jail: bool) -> Iterator[Platform]:
         cluster = ProgramCluster(
             Path(os.environ["HYPERVISOR_BIN"]).parent,
             # Hundreds of guests that do nothing, on a machine that has not so much.
-            server_keys={"scheduler.overcommit.cpu": "100", "scheduler.overcommit.memory": "100"},
+            server_keys={
+                "scheduler.overcommit.cpu": "100",
+                "scheduler.overcommit.memory": "100",
+                # As by default; tests have them shorter.
+                "heartbeat.interval": "10s",
+                "heartbeat.timeout": "30s",
+            },
             agent_keys={
                 "drivers.enabled": "container,microvm",
                 "machines.roots": str(kernels),
