@@ -54,9 +54,9 @@ format: ## rewrite Python, BUILD and .bzl files in the style that `make lint` as
 	bazel run //tools/lint:buildifier_run -- -r .
 
 .PHONY: bench
-bench: setup ## run the benchmarks of bench/ on the release build; ONLY=scoring: those whose name begins so
+bench: setup dev ## run the benchmarks of bench/ on the release build; ONLY=scoring: those whose name begins so
 	bazel build //packaging:release
-	HYPERVISOR_RELEASE="$(RELEASE)" bench/run $(ONLY)
+	HYPERVISOR_RELEASE="$(RELEASE)" $(VENV)/bin/python bench/run $(ONLY)
 
 .PHONY: dev
 dev: ## .venv with the locked packages and generated stubs, for editors, mypy, pyright and pytest without Bazel
