@@ -31,6 +31,14 @@ test: setup ## build everything, run every test and linter, print the counts
 test-fast: ## the tests and linters that need neither root nor containerd
 	tools/test --config=fast //...
 
+.PHONY: test-kvm
+test-kvm: setup ## the microVM tests, and Linux guests under Firecracker where a boot shows that this machine's KVM runs them
+	tools/test //tests/kvm //tests/microvm/...
+
+.PHONY: test-kvm-nested
+test-kvm-nested: setup dev ## Linux under Firecracker in an emulated machine with a KVM of its own; slow, as root
+	tools/cgroup2_guest --kvm
+
 .PHONY: lint
 lint: ## ruff, mypy --strict, buildifier, shellcheck, buf
 	tools/test //tools/lint/...
@@ -46,9 +54,9 @@ format: ## rewrite Python, BUILD and .bzl files in the style that `make lint` as
 	bazel run //tools/lint:buildifier_run -- -r .
 
 .PHONY: bench
-bench: setup ## run the benchmarks of bench/ on the release build; ONLY=scoring: those whose name begins so
+bench: setup dev ## run the benchmarks of bench/ on the release build; ONLY=scoring: those whose name begins so
 	bazel build //packaging:release
-	HYPERVISOR_RELEASE="$(RELEASE)" bench/run $(ONLY)
+	HYPERVISOR_RELEASE="$(RELEASE)" $(VENV)/bin/python bench/run $(ONLY)
 
 .PHONY: dev
 dev: ## .venv with the locked packages and generated stubs, for editors, mypy, pyright and pytest without Bazel

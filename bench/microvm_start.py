@@ -2,109 +2,35 @@
 that a script starts, and within 60 ms; one that goes back to a snapshot answers sooner than one that boots; the agent
 needs less than 1 MiB more for each microVM it runs.
 
-Driver alone, without the platform around it. The reference: Firecracker of the same binary, spawned with pipes, its API
-called by http.client, the same guest of a few kilobytes and the same memory; no jail, no control group, no record, no
-console that outlives anybody. Ours is measured with its jail and without. Both sides' machines are ended and removed
-outside the clock. Needs root, /dev/kvm, and what `make dev` puts into .venv/share.
+Driver alone; microvm_platform.py has the platform around it. The reference: Firecracker of the same binary, spawned
+with pipes, its API called by http.client, the same guest of a few kilobytes and the same memory; no jail, no control
+group, no record, no console that outlives anybody. Ours is measured with its jail and without. Both sides' machines are
+ended and removed outside the clock. Needs root, /dev/kvm, and what `make dev` puts into .venv/share.
 """
 
 import asyncio
-import contextlib
 import gc
-import http.client
 import json
 import os
-import shutil
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from measure import Claim, claim, interleave, publish, unmeasured
+from measure_microvms import MEMORY_MIB, Bare, scratch
 
-from hvtest_microvms import FIRECRACKER, GUEST, FirecrackerBench, assignment, missing
+from hvtest_microvms import FirecrackerBench, assignment, missing
 from hypervisor.agent.drivers.driver import Console
 from hypervisor.agent.drivers.microvm import MicrovmDriver
 from hypervisor.core.machines import SnapshotKind
 
 PAIRS = 30
-MEMORY_MIB = 64
 AT_ONCE = 50
 MANY = 500
 MEMORY_INSTANCES = 100
 _GROWTH = "--growth"
-
-
-class Api(http.client.HTTPConnection):
-    """HTTP over a unix socket."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost")
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.connect(str(self._path))
-
-    def put(self, path: str, **body: object) -> None:
-        self.request("PUT", path, json.dumps(body), {"Content-Type": "application/json"})
-        answer = self.getresponse()
-        answer.read()
-        assert answer.status == 204, (path, answer.status)
-
-
-class Bare:
-    """One VMM of a script's."""
-
-    def __init__(self, directory: Path, number: int, *, memory_mib: int = MEMORY_MIB) -> None:
-        self.socket = directory / f"{number}.sock"
-        log = directory / f"{number}.log"
-        log.touch()
-        words = [str(FIRECRACKER), "--api-sock", str(self.socket), "--log-path", str(log)]
-        self.process = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
-        )
-        api = self._connected()
-        api.put("/machine-config", vcpu_count=1, mem_size_mib=memory_mib, track_dirty_pages=True)
-        api.put("/boot-source", kernel_image_path=str(GUEST), boot_args="console=ttyS0")
-        api.put("/actions", action_type="InstanceStart")
-        api.close()
-
-    def _connected(self) -> Api:
-        while True:
-            api = Api(self.socket)
-            try:
-                api.connect()
-            except (FileNotFoundError, ConnectionRefusedError):
-                assert self.process.poll() is None
-                time.sleep(0.001)
-            else:
-                return api
-
-    def read(self) -> bytes:
-        assert self.process.stdout is not None
-        return os.read(self.process.stdout.fileno(), 4096)
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            assert pipe is not None
-            pipe.close()
-        self.socket.unlink()
-
-
-@contextlib.contextmanager
-def scratch() -> Iterator[Path]:
-    """A directory for the script's VMMs."""
-    directory = Path(tempfile.mkdtemp(prefix="hv-bare-"))
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory)
 
 
 async def seen(console: Console, wanted: bytes) -> None:

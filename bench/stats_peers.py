@@ -339,7 +339,10 @@ def _of_processes(scratch: Path, pids: Sequence[int], ours: Ours, limit: ReadLoo
     try:
         psutil = importlib.import_module("psutil")
     except ImportError:
-        yield _missing("psutil", "psutil is not installed for the Python that runs the benchmarks")
+        yield _missing(
+            "psutil",
+            "psutil is not installed for the Python that runs the benchmarks: `make bench` brings it",
+        )
     else:
         note = "it reads /proc of the process in each of the groups"
         processes = [psutil.Process(pid) for pid in pids]

@@ -73,8 +73,17 @@ class DevCluster:
     def cgroups(self) -> list[Path]:
         """Control groups of the cluster's containers, of any hierarchy."""
         root = Path("/sys/fs/cgroup")
-        namespace = f"hypervisor-dev-{hashlib.sha256(bytes(self.directory)).hexdigest()[:8]}"
-        return [path for path in (root / namespace, *root.glob(f"*/{namespace}")) if path.is_dir()]
+        return [path for path in (root / self.name, *root.glob(f"*/{self.name}")) if path.is_dir()]
+
+    @property
+    def name(self) -> str:
+        """Of what the cluster has outside of its directory."""
+        return f"hypervisor-dev-{hashlib.sha256(bytes(self.directory)).hexdigest()[:8]}"
+
+    @property
+    def sockets(self) -> Path:
+        """Where it has its sockets and FIFOs."""
+        return Path("/run") / self.name
 
     def mounts(self) -> list[str]:
         """Mounts below the cluster's directory."""
@@ -89,7 +98,9 @@ class DevCluster:
 def dev(release: Path) -> Iterator[DevCluster]:
     shell = DevCluster(release)
     yield shell
-    shell.run("dev", "down", "--dir", str(shell.directory), "--purge")
+    purged = shell.run("dev", "down", "--dir", str(shell.directory), "--purge")
+    assert purged.code == 0, purged
+    assert not shell.sockets.exists()
     assert shell.processes() == []
     assert shell.mounts() == []
     assert shell.cgroups() == []
@@ -121,6 +132,7 @@ def test_a_cluster_with_real_containers_comes_up_and_goes_without_a_trace(dev: D
     assert down.code == 0, down
     assert dev.processes() == []
     assert dev.mounts() == []
+    assert not dev.sockets.exists()
     assert dev.run("dev", "status", "--dir", str(dev.directory)).code != 0
 
 

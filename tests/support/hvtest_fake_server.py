@@ -331,7 +331,7 @@ class FakeServer(
         instance = self._instance(first.open, context)
         if instance.status != RUNNING:
             refuse(context, errors.FailedPrecondition(f"{instance.name} does not run", reason="NOT_RUNNING"))
-        outgoing: queue.Queue[instance_pb2.ConsoleOutput | None] = queue.Queue()
+        outgoing: queue.Queue[instance_pb2.ConsoleOutput | errors.HypervisorError | None] = queue.Queue()
         self._note_size(first.open.size)
         replay = b"" if first.open.replay_bytes == 0 else _CONSOLE_BANNER
         outgoing.put(
@@ -350,6 +350,9 @@ class FakeServer(
         if self.console_script is not None:
             self.console_script(outgoing)
         while (message := outgoing.get()) is not None:
+            if isinstance(message, errors.HypervisorError):
+                refuse(context, message)
+                return
             yield message
 
     def _note_size(self, size: instance_pb2.ConsoleInput.Resize) -> None:
@@ -359,7 +362,7 @@ class FakeServer(
     def _console_reader(
         self,
         incoming: Iterator[instance_pb2.ConsoleInput],
-        outgoing: "queue.Queue[instance_pb2.ConsoleOutput | None]",
+        outgoing: "queue.Queue[instance_pb2.ConsoleOutput | errors.HypervisorError | None]",
         read_only: bool,
     ) -> None:
         line = b""
@@ -369,6 +372,9 @@ class FakeServer(
                     self._note_size(message.resize)
                     continue
                 if message.WhichOneof("input") == "credit":
+                    if not self.console_knows_credit:
+                        outgoing.put(_no_credit())
+                        return
                     self.console_credit += message.credit
                     continue
                 if read_only:
@@ -449,3 +455,11 @@ class FakeServer(
         operation.state = operation_pb2.OPERATION_STATE_CANCELLED
         operation.done = True
         return operation
+
+
+def _no_credit() -> errors.Unimplemented:
+    return errors.Unimplemented(
+        "the agent of this node is of an older version that knows no credit: upgrade it",
+        reason="CAPABILITY_MISSING",
+        metadata={"verb": "credit"},
+    )

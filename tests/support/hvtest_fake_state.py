@@ -45,10 +45,14 @@ class FakeState:
         self.console_sizes: list[tuple[int, int]] = []
         self.console_input = bytearray()
         self.console_credit = 0
+        self.console_knows_credit = True
+        """False: as where an agent of an older version has the console."""
         self.logged = b"first\r\nsecond\r\nthird\r\n"
         self.logged_from = 0
         """Position of the first byte of ``logged``."""
-        self.console_script: Callable[[queue.Queue[instance_pb2.ConsoleOutput | None]], None] | None = None
+        self.console_script: (
+            Callable[[queue.Queue[instance_pb2.ConsoleOutput | errors.HypervisorError | None]], None] | None
+        ) = None
         self.revision = 100
         self.compacted_below = 0
         self.mute_watches = 0

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
@@ -89,6 +89,10 @@ def source_of(
     )
 
 
+async def _nothing() -> None:
+    return
+
+
 @asynccontextmanager
 async def running_cache(
     root: Path,
@@ -97,6 +101,7 @@ async def running_cache(
     known: Sequence[str] = (),
     token_for: TokenRule = lambda _: "",
     attempts: int = 4,
+    collect: Callable[[], Awaitable[None]] | None = None,
 ) -> AsyncIterator[ImageCache]:
     """A cache that runs inside the context."""
     blobs = BlobDirectory(root)
@@ -120,6 +125,7 @@ async def running_cache(
             limit_bytes=limit_bytes,
             clock=SystemClock(),
             known=lambda: frozenset(known) if known else None,
+            collect=collect or _nothing,
         )
         running = asyncio.create_task(cache.run())
         try:

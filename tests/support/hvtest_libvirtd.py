@@ -227,9 +227,15 @@ class PrivateLibvirtd:
             "snapshots": _names(self.directory / "lib" / "qemu" / "snapshot"),
             "nvram": _names(self.directory / "lib" / "qemu" / "nvram"),
             "disks": _names(self.directory / "data" / "instances", empty=True),
+            "QEMU's logs": _names(self.directory / "log" / "qemu"),
             "consoles": _names(self.directory / "data" / "consoles", empty=True),
         }
         return {kind: names for kind, names in found.items() if names}
+
+    def control_groups(self, instance_id: str) -> list[Path]:
+        """What is there of an instance's, of any run, in any hierarchy of version 1 or 2."""
+        root, name = Path("/sys/fs/cgroup"), f"machine/qemu-*-{instance_id}.libvirt-qemu"
+        return sorted([*root.glob(name), *root.glob(f"*/{name}")])
 
     def sweep_control_groups(self) -> None:
         """Remove those of every guest that ran here: libvirt leaves the ones whose QEMU ended while it was away."""

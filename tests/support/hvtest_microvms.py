@@ -11,7 +11,9 @@ import sys
 import tempfile
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
+from hvtest_agent_waiting import PATIENCE
 from hvtest_driver_watching import read_until
 from hypervisor.agent.drivers.driver import Assignment, Driver
 from hypervisor.agent.drivers.microvm import FirecrackerVmm, MicrovmConfig, MicrovmDriver
@@ -79,9 +81,10 @@ class FirecrackerBench:
             first_uid=1_000_000_000 + os.getpid() * 512,
             uids=512,
             cgroup=f"hypervisor-test-{self.directory.name}",
+            boot_timeout_s=30.0 * PATIENCE,
         )
 
-    def __enter__(self) -> "FirecrackerBench":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -115,7 +118,12 @@ class FirecrackerBench:
 
     def vmm(self) -> FirecrackerVmm:
         """Firecracker, as the configuration has it."""
-        return FirecrackerVmm(FIRECRACKER, jailer=JAILER if self.config.jail else None, clock=SystemClock())
+        return FirecrackerVmm(
+            FIRECRACKER,
+            jailer=JAILER if self.config.jail else None,
+            clock=SystemClock(),
+            request_timeout_s=10.0 * PATIENCE,
+        )
 
     async def open(self) -> Driver:
         """A driver, as an agent that starts makes one."""

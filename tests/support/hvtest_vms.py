@@ -35,6 +35,7 @@ class VmBench:
         settings: dict[str, object] = {
             "uri": self.libvirtd.uri,
             "data_dir": self.data,
+            "qemu_logs": self.libvirtd.directory / "log" / "qemu",
             "roots": (self.images, guest.kernel.parent, guest.initrd.parent),
         }
         return LibvirtConfig(**(settings | more))  # type: ignore[arg-type]

@@ -154,6 +154,30 @@ class TestLibvirtd:
         assert ends[second.instance_id].message
         assert (later.status, later.reason) == (InstanceStatus.FAILED, "VMM_DIED")
 
+    async def test_a_delete_takes_what_libvirt_left_of_a_qemu_that_ended_without_it(
+        self, bench: VmBench, driver: LibvirtDriver
+    ) -> None:
+        made = await started(driver, bench.spec())
+        other = await started(driver, bench.spec())
+        bench.libvirtd.kill()
+        os.kill(bench.libvirtd.qemu(made.instance_id), signal.SIGKILL)
+        eventually(lambda: qemu_processes(f"guest={made.instance_id},") == [], what="QEMU has ended")
+        await asyncio.to_thread(bench.libvirtd.start)
+        assert await until_it_answers(driver, made.instance_id) is InstanceStatus.FAILED
+        groups = bench.libvirtd.control_groups(made.instance_id)
+        assert groups != []
+        eventually(
+            lambda: all(not (group / "cgroup.procs").read_text() for group in groups), what="they are empty"
+        )
+
+        assert await driver.delete(made.instance_id)
+
+        assert bench.libvirtd.control_groups(made.instance_id) == []
+        logs = {path.name for path in (bench.libvirtd.directory / "log" / "qemu").iterdir()}
+        assert f"{made.instance_id}.log" not in logs
+        assert f"{other.instance_id}.log" in logs
+        assert bench.libvirtd.control_groups(other.instance_id) != []
+
     async def test_a_libvirtd_that_hangs_holds_up_neither_the_agent_nor_the_call_for_ever(
         self, bench: VmBench, driver: LibvirtDriver
     ) -> None:

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from hvtest_asciicast import read_cast
+from hypervisor.core.errors import Unimplemented
 from hypervisor.v1.instance_pb2 import ConsoleInput, ConsoleOutput
 
 
@@ -205,3 +206,45 @@ def test_credit_is_granted_for_what_was_shown(server, ctl, web):
     assert server.called("AttachConsole")[0].open.window_bytes == 256 << 10
     assert len(done.stdout) == 1 << 20
     assert server.console_credit == 1 << 20
+
+
+def test_a_node_whose_agent_knows_no_credit_is_attached_to_without_from_where_it_was(server, ctl, web):
+    """As with a command line and a server that were upgraded before an agent."""
+    server.console_knows_credit = False
+
+    def script(outgoing):
+        if len(server.called("AttachConsole")) == 1:
+            for _ in range(3):
+                outgoing.put(ConsoleOutput(data=b"x" * (64 << 10)))
+        else:
+            outgoing.put(ConsoleOutput(data=b"y" * (512 << 10)))
+
+    server.console_script = script
+
+    done = run(ctl, "instance", "console", "web", "--replay", "none", "--until-idle", "500ms")
+
+    assert done.returncode == 0, done.stderr
+    first, second = (call.open for call in server.called("AttachConsole"))
+    assert first.window_bytes == 256 << 10
+    assert second.window_bytes == 0
+    shown = done.stdout.count(b"x")
+    # The refusal is on its way while more is shown.
+    assert shown in (128 << 10, 192 << 10)
+    assert second.replay_from_position == shown
+    assert done.stdout == b"x" * shown + b"y" * (512 << 10)
+    assert b"older version" in done.stderr
+
+
+def test_another_capability_that_is_missing_is_told(server, ctl, web):
+    def script(outgoing):
+        outgoing.put(
+            Unimplemented("it has no console", reason="CAPABILITY_MISSING", metadata={"verb": "console"})
+        )
+
+    server.console_script = script
+
+    done = run(ctl, "instance", "console", "web", "--until-idle", "500ms")
+
+    assert done.returncode != 0
+    assert b"it has no console" in done.stderr
+    assert len(server.called("AttachConsole")) == 1

@@ -420,6 +420,16 @@ async def test_links_of_instances_that_are_gone_are_taken_away(tmp_path: Path) -
     assert not lost_path.parent.exists()
 
 
+async def test_what_drivers_made_of_images_is_collected_with_them(tmp_path: Path) -> None:
+    collected = asyncio.Event()
+
+    async def collect() -> None:
+        collected.set()
+
+    async with running_cache(tmp_path, collect=collect):
+        await asyncio.wait_for(collected.wait(), 10)
+
+
 async def test_a_release_is_idempotent_and_of_nothing_is_no_error(tmp_path: Path) -> None:
     async with running_cache(tmp_path) as cache:
         await cache.release(new_id("i"))

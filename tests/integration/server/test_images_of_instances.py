@@ -6,19 +6,23 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
+import pytest
 from msgspec import structs
 
 from hvtest_agent import MemoryAgents
 from hvtest_control_plane import add_node, control_plane, draft, mutation, registration, until
 from hvtest_images import bzimage, sha256_of
 from hypervisor.core.errors import HypervisorError
-from hypervisor.core.states import InstanceType
+from hypervisor.core.images import ImageState
+from hypervisor.core.states import InstanceType, OperationState
 from hypervisor.server import keys
 from hypervisor.server.control_plane import ControlPlane, ControlPlaneSettings, ImageSettings
 from hypervisor.server.images.contract import Chunk, ImageRef, ImportHeader
+from hypervisor.server.images.deleting import finish_delete
 from hypervisor.server.images.naming import fetch_allowance_s
-from hypervisor.server.services import Caller, InstanceDraft, InstanceRef, StopOptions
+from hypervisor.server.services import Caller, InstanceDraft, InstanceRef, Mutation, StopOptions
 from hypervisor.server.store.storage import Storage
 
 KERNEL = bzimage()
@@ -151,3 +155,81 @@ async def test_a_delete_that_was_cut_off_between_its_steps_is_finished_by_a_repe
 
         await until(lambda: not list(plane.images.all()))
         await import_kernel(plane)
+
+
+async def cut_off_delete(plane: ControlPlane, request: Mutation, *, force: bool = False) -> None:
+    """Begin to delete the image, and be gone between the two steps."""
+    marked = asyncio.Event()
+
+    async def never(revision: int) -> None:
+        marked.set()
+        await asyncio.Event().wait()
+
+    with patch.object(plane.view, "wait_revision", never):
+        deleting = asyncio.create_task(plane.images.delete(ImageRef("linux"), request, force=force))
+        await asyncio.wait_for(marked.wait(), 10)
+        deleting.cancel()
+        await asyncio.wait({deleting})
+
+
+async def test_the_leader_finishes_a_delete_whose_server_died_half_way(
+    storage: Storage, tmp_path: Path
+) -> None:
+    request = mutation("4b1b8bb0-5a0e-4bb0-8c53-6a4bd1ae6a35")
+    async with control_plane(storage, MemoryAgents(), change=with_images(tmp_path / "a")) as one:
+        image_id = await import_kernel(one)
+        await cut_off_delete(one, request)
+        assert await storage.get(keys.image(image_id).path) is not None
+
+    async with control_plane(
+        storage, MemoryAgents(), change=with_images(tmp_path / "b"), server_id="s-2"
+    ) as two:
+        await until(lambda: not list(two.images.all()))
+
+        again = await two.images.delete(ImageRef("linux"), request, force=False)
+        assert (again.value.state, again.value.object_id) == (OperationState.SUCCEEDED, image_id)
+        # The name is free.
+        assert await import_kernel(two) != image_id
+
+
+@pytest.mark.parametrize("force", [False, True])
+async def test_an_image_that_is_used_is_kept_when_its_delete_is_finished_unless_it_was_forced(
+    storage: Storage, tmp_path: Path, force: bool
+) -> None:
+    agents = MemoryAgents()
+    async with (
+        control_plane(storage, agents, change=with_images(tmp_path / "a")) as one,
+        add_node(one, registration()),
+    ):
+        image_id = await import_kernel(one)
+        await one.instances.create(machine("vm"), mutation())
+        with patch("hypervisor.server.images.service.users_of", lambda *_: []):
+            # As if it had been made on another server at this moment.
+            await cut_off_delete(one, mutation(), force=force)
+
+    async with control_plane(storage, agents, change=with_images(tmp_path / "b"), server_id="s-2") as two:
+        if force:
+            await until(lambda: not list(two.images.all()))
+        else:
+            await until(lambda: two.images.resolve(ImageRef(image_id)).value.state is ImageState.READY)
+            assert two.images.resolve(ImageRef("linux")).value.deletion is None
+
+
+async def test_a_delete_that_the_leader_finished_first_succeeds_all_the_same(
+    storage: Storage, tmp_path: Path
+) -> None:
+    async with control_plane(storage, MemoryAgents(), change=with_images(tmp_path / "a")) as one:
+        image_id = await import_kernel(one)
+        wait = one.view.wait_revision
+
+        async def meanwhile(revision: int) -> None:
+            await wait(revision)
+            (found,) = [i for i in one.images.all() if i.value.id == image_id] or [None]
+            if found is not None and found.value.state is ImageState.DELETING:
+                deletion = found.value.deletion
+                await one.committer.commit(lambda d: finish_delete(d, found.value, deletion, used=False))
+
+        with patch.object(one.view, "wait_revision", meanwhile):
+            done = await one.images.delete(ImageRef("linux"), mutation(), force=False)
+
+        assert (done.value.state, done.value.object_id) == (OperationState.SUCCEEDED, image_id)

@@ -85,6 +85,7 @@ def test_a_private_libvirtd_is_in_directories_of_the_clusters_own():
     assert "mount --bind /dev-cluster/libvirt/lib /var/lib/libvirt" in files[plan.libvirtd.script]
     agent = plan.agent_config()
     assert agent["drivers"] == {"enabled": ["container", "microvm", "vm"]}
+    assert agent["libvirt"]["qemu_logs"] == "/dev-cluster/libvirt/log/qemu"
     assert agent["libvirt"]["uri"] == f"qemu+unix:///system?socket={libvirtd.wait_for}"
     assert Plan.from_json(plan.to_json()) == plan
 

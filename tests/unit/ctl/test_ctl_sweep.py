@@ -1,10 +1,13 @@
 """Which processes a development cluster may end: those that are certainly its own."""
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from hypervisor.ctl.dev import sweep
+from hypervisor.core.errors import FailedPrecondition
+from hypervisor.ctl.dev import cluster, sweep
 from hypervisor.ctl.dev.plan import Plan
 from hypervisor.ctl.dev.processes import ProcessId
 
@@ -67,3 +70,71 @@ def test_a_program_of_another_kind_is_no_vmm_whatever_it_names(
     plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert not found(plan, monkeypatch, "/usr/bin/vim", f"{plan.root}/etc/agent.yaml")
+
+
+def test_a_program_that_is_on_no_record_is_found_by_its_configuration(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = {
+        1: ("/bin/agent", "--config", f"{plan.root}/etc/agent.yaml"),
+        2: ("/usr/sbin/libvirtd", "--pid-file", f"{plan.run}/libvirt/libvirtd.pid"),
+        3: ("/usr/bin/vim", f"{plan.root}/etc/agent.yaml"),
+        4: ("/bin/agent", "--config", "/elsewhere/etc/agent.yaml"),
+        5: ("/bin/agent", "--config"),
+        6: (),
+    }
+    monkeypatch.setattr(sweep, "every_process", lambda: iter([ProcessId(pid, 1) for pid in lines]))
+    monkeypatch.setattr(sweep, "command_line", lambda process: lines[process.pid])
+
+    assert [process.pid for process in sweep.programs_of(plan)] == [1, 2]
+
+
+@pytest.fixture
+def run(plan: Plan, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In place of the directory below /run."""
+    directory = tmp_path_factory.mktemp("run")
+    (directory / "microvms").mkdir()
+    monkeypatch.setattr(Plan, "run", directory)
+    monkeypatch.setattr(sweep, "every_process", lambda: iter([]))
+    plan.layout.plan.write_text(plan.to_json())
+    return directory
+
+
+def test_the_directory_of_the_sockets_goes_with_what_is_stopped_and_the_data_stays(
+    plan: Plan, run: Path
+) -> None:
+    assert sweep.sweep(plan) == []
+
+    assert not run.exists()
+    assert (plan.root / "microvms" / "instances" / OURS).is_dir()
+
+
+def test_a_purge_removes_it_also_where_the_nodes_are_simulated_by_now(plan: Plan, run: Path) -> None:
+    plan.layout.plan.write_text(replace(plan, simulated=2).to_json())
+
+    cluster.purge(plan.root)
+
+    assert not run.exists()
+    assert not plan.root.exists()
+
+
+def test_a_purge_says_what_it_cannot_delete_and_can_be_repeated(
+    plan: Plan, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rmdir = os.rmdir
+
+    def busy(path: str, *, dir_fd: int | None = None) -> None:
+        if os.path.basename(path) == "microvms":
+            raise OSError(16, "Device or resource busy", path)
+        rmdir(path, dir_fd=dir_fd)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rmdir", busy)
+        with pytest.raises(FailedPrecondition, match=r"microvms \(Device or resource busy\)") as failed:
+            cluster.purge(plan.root)
+    assert failed.value.reason == "NOT_PURGED"
+
+    cluster.purge(plan.root)
+
+    assert not run.exists()
+    assert not plan.root.exists()

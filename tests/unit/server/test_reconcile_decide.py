@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 
 from msgspec import structs
 
+from hypervisor.core.images import Image, ImageDeletion, ImageKind, ImageState
 from hypervisor.core.model import Instance, InstanceSpec, Node, OperationRecord
 from hypervisor.core.moves import MovePhase, MoveRecord, MoveStrategy
 from hypervisor.core.states import (
@@ -16,6 +17,7 @@ from hypervisor.core.states import (
 )
 from hypervisor.server.reconcile.decide import (
     Action,
+    FinishImageDelete,
     InspectNode,
     MarkNodeOffline,
     MarkUnknown,
@@ -74,6 +76,7 @@ def decided(
     instances: Iterable[Instance] = (),
     operations: Iterable[OperationRecord] = (),
     servers: tuple[str, ...] = ("s-1",),
+    images: Iterable[Image] = (),
 ) -> tuple[Action, ...]:
     return decide(
         Situation(
@@ -85,6 +88,7 @@ def decided(
             servers_alive=servers,
             retention=timedelta(hours=24),
             patience=timedelta(seconds=60),
+            images=images,
         )
     )
 
@@ -162,3 +166,30 @@ def test_what_a_move_left_is_removed_once_its_node_is_there() -> None:
 
 def test_drains_are_nobodys_to_redrive() -> None:
     assert decided(operations=[operation(verb="drain", server_id="s-dead")]) == ()
+
+
+def image(deletion: ImageDeletion | None, state: ImageState = ImageState.DELETING) -> Image:
+    return Image(
+        id="img-1",
+        name="linux",
+        project="default",
+        kind=ImageKind.KERNEL,
+        format="bzimage",
+        size_bytes=1,
+        sha256="0" * 64,
+        created_at=NOW,
+        state=state,
+        deletion=deletion,
+    )
+
+
+def test_a_delete_of_an_image_is_finished_when_its_server_is_dead_or_takes_too_long() -> None:
+    begun = ImageDeletion(operation=operation(verb="delete", object_kind="image", object_id="img-1"))
+    late = ImageDeletion(operation=operation(started_at=NOW - timedelta(seconds=61)))
+
+    assert decided(images=[image(begun)]) == ()
+    assert decided(images=[image(None, ImageState.READY)]) == ()
+    assert decided(images=[image(begun)], servers=()) == (FinishImageDelete("img-1"),)
+    assert decided(images=[image(late)]) == (FinishImageDelete("img-1"),)
+    # As an earlier version has left it.
+    assert decided(images=[image(None)]) == (FinishImageDelete("img-1"),)

@@ -13,6 +13,7 @@ from enum import StrEnum
 import msgspec
 
 from hypervisor.core.errors import InvalidArgument
+from hypervisor.core.model import OperationRecord
 from hypervisor.core.names import check_dns_label
 from hypervisor.core.states import InstanceType
 
@@ -20,6 +21,7 @@ __all__ = [
     "IMAGE_PREFIX",
     "IMAGE_SCHEMA_VERSION",
     "Image",
+    "ImageDeletion",
     "ImageKind",
     "ImageSource",
     "ImageState",
@@ -53,6 +55,13 @@ class ImageState(StrEnum):
     DELETING = "deleting"
 
 
+class ImageDeletion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What was asked for by a delete that has begun: its operation, which is recorded when it ends."""
+
+    operation: OperationRecord
+    force: bool = False
+
+
 class Image(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The record of one image. ``holders``: the image stores (of servers) that have the content, by their ids."""
 
@@ -67,6 +76,8 @@ class Image(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     created_by: str = ""
     virtual_size_bytes: int = 0
     state: ImageState = ImageState.READY
+    deletion: ImageDeletion | None = None
+    """While it is DELETING; None there where an earlier version began it."""
     holders: tuple[str, ...] = ()
     v: int = IMAGE_SCHEMA_VERSION
 

@@ -19,18 +19,18 @@ from hypervisor.agent.drivers import fake_snapshots
 from hypervisor.agent.drivers.driver import VERBS, Assignment, Handle
 from hypervisor.agent.drivers.fake_faults import FakeFaults
 from hypervisor.agent.drivers.fake_guest import FakeTerminal, Guest, GuestEnd
+from hypervisor.agent.drivers.fake_instance import FakeConsole, FakeInstance, figures_of, not_running, observe
 from hypervisor.agent.drivers.fake_state import FakeRecord, FakeStateDirectory
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import FailedPrecondition, InvalidArgument, NotFound
 from hypervisor.core.machines import Snapshot, SnapshotKind
-from hypervisor.core.model import Capability, ConsoleSize, DriverInfo, Observation, Sizes
+from hypervisor.core.model import Capability, DriverInfo, Observation, Sizes
 from hypervisor.core.resources import MIB
-from hypervisor.core.states import InstanceStatus, InstanceType
+from hypervisor.core.states import InstanceType
 
 __all__ = ["FakeConfig", "FakeDriver"]
 
 _EVENTS_KEPT = 10_000
-_IDLE_SHARE = 0.02
 _SIGTERM_EXIT = 143
 _SIGKILL_EXIT = 137
 
@@ -45,56 +45,6 @@ class FakeConfig:
     action_s: float = 0.0
 
 
-@dataclass(slots=True)
-class _Instance:
-    record: FakeRecord
-    terminal: FakeTerminal
-    wake: asyncio.Event
-    guest: Guest | None = None
-    timer: asyncio.Task[None] | None = None
-    console: "_FakeConsole | None" = None
-    used: tuple[float, int] | None = None
-    """Processor time in nanoseconds, and when that was."""
-
-
-class _FakeConsole:
-    """The one attachment of an instance."""
-
-    def __init__(self, instance: _Instance) -> None:
-        self._instance = instance
-        self._closed = False
-
-    @property
-    def resizable(self) -> bool:
-        return True
-
-    async def read(self, limit: int = 65536) -> bytes:
-        instance = self._instance
-        while not self._closed:
-            instance.wake.clear()
-            if data := instance.terminal.take(limit):
-                return data
-            if instance.guest is None or not instance.guest.alive:
-                break
-            await instance.wake.wait()
-        return b""
-
-    async def write(self, data: bytes) -> None:
-        guest = self._instance.guest
-        if guest is None or self._closed:
-            raise _not_running(self._instance.record.assignment.instance_id)
-        guest.type(data)
-
-    async def resize(self, size: ConsoleSize) -> None:
-        self._instance.terminal.size = size
-
-    async def close(self) -> None:
-        self._closed = True
-        if self._instance.console is self:
-            self._instance.console = None
-        self._instance.wake.set()
-
-
 class FakeDriver:
     """See the module's docstring. What an earlier process left in ``state_dir`` is read with the first call."""
 
@@ -105,7 +55,7 @@ class FakeDriver:
         self._clock = clock
         self.faults = faults or FakeFaults()
         self.faults.on_change(self._runtime_changed)
-        self._instances: dict[str, _Instance] = {}
+        self._instances: dict[str, FakeInstance] = {}
         self._state = FakeStateDirectory(config.state_dir) if config.state_dir is not None else None
         self._loaded = self._state is None
         self._loading = asyncio.Lock()
@@ -170,7 +120,7 @@ class FakeDriver:
         if instance.record.suspended:
             return self._observe(instance)
         if not instance.record.running:
-            raise _not_running(instance_id)
+            raise not_running(instance_id)
         self._end(instance, None, requested=True, suspended=True)
         await self._save(instance_id)
         return self._observe(instance)
@@ -233,7 +183,7 @@ class FakeDriver:
         await self._enter("stats")
         instance = self._find(instance_id)
         if not instance.record.running or instance.guest is None:
-            raise _not_running(instance_id)
+            raise not_running(instance_id)
         return self
 
     async def read(self, instance_ids: Sequence[str]) -> dict[str, dict[str, int]]:
@@ -243,21 +193,21 @@ class FakeDriver:
         for instance_id in instance_ids:
             instance = self._instances.get(instance_id)
             if instance is not None and instance.record.running and instance.guest is not None:
-                found[instance_id] = self._figures(instance, instance.guest)
+                found[instance_id] = figures_of(instance, instance.guest, now=self._clock.monotonic())
         return found
 
-    async def attach(self, instance_id: str) -> "_FakeConsole":
+    async def attach(self, instance_id: str) -> FakeConsole:
         await self._enter("console")
         instance = self._find(instance_id)
         if not instance.record.running and not instance.terminal.unread:
-            raise _not_running(instance_id)
+            raise not_running(instance_id)
         if instance.console is not None:
             raise FailedPrecondition(
                 f"the console of {instance_id} is attached already: close that attachment first",
                 reason="CONSOLE_ATTACHED",
                 metadata={"instance": instance_id},
             )
-        instance.console = _FakeConsole(instance)
+        instance.console = FakeConsole(instance)
         return instance.console
 
     async def recover(self, instance_id: str, handle: Handle) -> Observation | None:
@@ -342,9 +292,9 @@ class FakeDriver:
             data = FakeStateDirectory.encode(instance.record)
             await asyncio.to_thread(self._state.save, instance_id, data)
 
-    def _instance(self, record: FakeRecord) -> _Instance:
+    def _instance(self, record: FakeRecord) -> FakeInstance:
         wake = asyncio.Event()
-        return _Instance(record, FakeTerminal(wake.set), wake)
+        return FakeInstance(record, FakeTerminal(wake.set), wake)
 
     def _check_spec(self, assignment: Assignment) -> None:
         image = assignment.spec.image
@@ -359,7 +309,7 @@ class FakeDriver:
                 metadata={"image": image},
             )
 
-    def _boot(self, instance: _Instance, *, resumed: bool = False) -> None:
+    def _boot(self, instance: FakeInstance, *, resumed: bool = False) -> None:
         record = instance.record
         instance.used = None
         guest = Guest(
@@ -380,7 +330,7 @@ class FakeDriver:
         await self._clock.sleep(max(lives_s, 0.0))
         guest.end(0)
 
-    def _guest_ended(self, instance: _Instance, guest: Guest, end: GuestEnd) -> None:
+    def _guest_ended(self, instance: FakeInstance, guest: Guest, end: GuestEnd) -> None:
         if instance.guest is not guest or not instance.record.running:
             return
         self._end(instance, end.exit_code, oom=end.oom)
@@ -390,7 +340,7 @@ class FakeDriver:
         await self._enter("pause" if paused else "resume")
         instance = self._find(instance_id)
         if not instance.record.running or instance.guest is None:
-            raise _not_running(instance_id)
+            raise not_running(instance_id)
         if instance.record.paused is not paused:
             instance.record.paused = paused
             if paused:
@@ -403,14 +353,14 @@ class FakeDriver:
     async def _end_by_itself(self, instance_id: str, end: GuestEnd) -> None:
         instance = self._find(instance_id)
         if instance.guest is None or not instance.record.running:
-            raise _not_running(instance_id)
+            raise not_running(instance_id)
         instance.guest.alive = False
         self._end(instance, end.exit_code, oom=end.oom)
         await self._save(instance_id)
 
     def _end(
         self,
-        instance: _Instance,
+        instance: FakeInstance,
         exit_code: int | None,
         *,
         oom: bool = False,
@@ -437,13 +387,16 @@ class FakeDriver:
             self._events.extend(self._observe(instance) for instance in self._instances.values())
         self._event_waits.set()
 
+    def _observe(self, instance: FakeInstance) -> Observation:
+        return observe(instance.record, now=self._clock.now())
+
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _find(self, instance_id: str) -> _Instance:
+    def _find(self, instance_id: str) -> FakeInstance:
         instance = self._instances.get(instance_id)
         if instance is None:
             raise NotFound(
@@ -452,65 +405,3 @@ class FakeDriver:
                 metadata={"instance": instance_id},
             )
         return instance
-
-    def _figures(self, instance: _Instance, guest: Guest) -> dict[str, int]:
-        now = self._clock.monotonic()
-        spec = instance.record.assignment.spec
-        last_at, last_ns = instance.used or (now - 1.0, 0)
-        share = spec.cpu_millis / 1000 if guest.busy else _IDLE_SHARE
-        cpu_ns = last_ns + max(round((now - last_at) * share * 1e9), 1)
-        instance.used = (now, cpu_ns)
-        return {
-            "cpu_usage_ns": cpu_ns,
-            "cpu_periods": 0,
-            "cpu_throttled_periods": 0,
-            "cpu_throttled_ns": 0,
-            "memory_used_bytes": guest.memory_bytes,
-            "memory_working_set_bytes": guest.memory_bytes,
-            "memory_limit_bytes": spec.memory_mb * MIB,
-            "oom_kills": 0,
-            "pids": 1,
-            "block_read_bytes": 0,
-            "block_write_bytes": 0,
-            "network_receive_bytes": 0,
-            "network_transmit_bytes": 0,
-        }
-
-    def _observe(self, instance: _Instance) -> Observation:
-        record = instance.record
-        status, reason, message = InstanceStatus.STOPPED, "", ""
-        if record.running:
-            status = InstanceStatus.PAUSED if record.paused else InstanceStatus.RUNNING
-        elif record.suspended:
-            reason, message = "SUSPENDED", "its memory is on disk: start it to go on from there"
-        elif record.exit_code is not None:
-            failed = not record.requested and record.exit_code != 0
-            status = InstanceStatus.FAILED if failed else InstanceStatus.STOPPED
-            if record.oom:
-                reason = "OOM_KILLED"
-                message = "it needed more than its memory limit and was killed: raise spec.memory_mb"
-            elif record.exit_code > 128:
-                reason, message = "KILLED", f"it was ended by signal {record.exit_code - 128}"
-            else:
-                reason, message = "EXITED", f"it ended with exit code {record.exit_code}"
-        return Observation(
-            instance_id=record.assignment.instance_id,
-            generation=record.assignment.generation,
-            epoch=record.assignment.epoch,
-            status=status,
-            observed_at=self._clock.now(),
-            reason=reason,
-            message=message,
-            exit_code=record.exit_code,
-            started_at=record.started_at,
-            finished_at=record.finished_at,
-            runtime="fake 1",
-        )
-
-
-def _not_running(instance_id: str) -> FailedPrecondition:
-    return FailedPrecondition(
-        f"instance {instance_id} does not run: start it first",
-        reason="NOT_RUNNING",
-        metadata={"instance": instance_id},
-    )

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import structlog
 
 from hypervisor.agent.drivers.driver import Assignment, Console, Driver, Handle
-from hypervisor.agent.drivers.powers import Pausing, Snapshotting, Suspending, Updating
+from hypervisor.agent.drivers.powers import Collecting, Pausing, Snapshotting, Suspending, Updating
 from hypervisor.agent.stats.sources import StatsSource
 from hypervisor.core.errors import DeadlineExceeded, HypervisorError, Internal, Unimplemented
 from hypervisor.core.machines import Snapshot, SnapshotKind
@@ -110,6 +110,10 @@ class GuardedDriver:
     async def delete_snapshot(self, instance_id: str, name: str) -> bool:
         work = self._snapshotting().delete_snapshot(instance_id, name)
         return await self._call("delete_snapshot", work, self._deadlines.action_s)
+
+    async def collect(self) -> None:
+        if isinstance(self._inner, Collecting):
+            await self._call("collect", self._inner.collect(), self._deadlines.action_s)
 
     def events(self) -> AsyncIterator[Observation]:
         """The inner driver's events, unguarded: their consumer is a task root and contains faults itself."""

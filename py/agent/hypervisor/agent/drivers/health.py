@@ -131,6 +131,16 @@ class DriverHealth:
         """Ask every driver now, all at once."""
         await asyncio.gather(*(self.check(name) for name in self._offered))
 
+    async def collect(self) -> None:
+        """Have each driver that works remove files that no instance uses any more. A failure is told in the log."""
+        for name in self._offered:
+            if not self.available(name):
+                continue
+            try:
+                await self.named(name).collect()
+            except HypervisorError as exc:
+                _log.warning("driver_files_not_collected", driver=name, error=exc.message)
+
     async def run(self) -> None:
         """Poll for ever."""
         for info in self._missing:

@@ -10,7 +10,17 @@ from typing import Protocol, runtime_checkable
 from hypervisor.core.machines import Snapshot, SnapshotKind
 from hypervisor.core.model import Observation, Sizes
 
-__all__ = ["Pausing", "Snapshotting", "Suspending", "Updating"]
+__all__ = ["Collecting", "Pausing", "Snapshotting", "Suspending", "Updating"]
+
+
+@runtime_checkable
+class Collecting(Protocol):
+    """Keeping files for several instances to use: what none uses any more is collected with the node's images. No verb,
+    as nobody asks for it."""
+
+    async def collect(self) -> None:
+        """Remove what no instance uses, nor is just about to."""
+        ...
 
 
 @runtime_checkable

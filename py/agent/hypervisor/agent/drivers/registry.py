@@ -122,6 +122,7 @@ def _make_libvirt(context: DriverContext) -> Driver:
     config = LibvirtConfig(
         uri=context.libvirt.uri,
         data_dir=context.libvirt.data_dir,
+        qemu_logs=context.libvirt.qemu_logs,
         roots=context.machines.roots,
         bridges=context.machines.bridges,
         host_devices=context.machines.host_devices,

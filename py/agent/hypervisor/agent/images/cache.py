@@ -16,7 +16,7 @@ import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +68,7 @@ class ImageCache:
     """See the module's docstring; implements ``ImageProvider``. ``run`` must be running.
 
     ``limit_bytes``: of all content here, in use or not; 0: the disk decides. ``known``: ids of the node's instances, or
-    None while that is not certain.
+    None while that is not certain. ``collect``: has drivers take away what they made of images for instances.
     """
 
     def __init__(
@@ -79,12 +79,14 @@ class ImageCache:
         limit_bytes: int,
         clock: Clock,
         known: Callable[[], frozenset[str] | None],
+        collect: Callable[[], Awaitable[None]],
     ) -> None:
         self._blobs = blobs
         self._fetcher = fetcher
         self._limit = limit_bytes
         self._clock = clock
         self._known = known
+        self._collect = collect
         self._links = blobs.root / "instances"
         self._group: asyncio.TaskGroup | None = None
         self._running = asyncio.Event()
@@ -110,6 +112,7 @@ class ImageCache:
             try:
                 while True:
                     await self.tidy()
+                    await self._collect()
                     await self._clock.sleep(_TIDY_EVERY_S)
             finally:
                 self._running.clear()

@@ -12,10 +12,10 @@ import select
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
-from hypervisor.core.errors import HypervisorError, Unavailable
+from hypervisor.core.errors import HypervisorError, Unavailable, Unimplemented
 from hypervisor.ctl.console.escape import split_at_escape
 from hypervisor.ctl.console.recording import Recorder
 from hypervisor.ctl.console.since import Since
@@ -87,17 +87,36 @@ def attach(session: Session, request: Request, *, say: Callable[[str], None]) ->
     Raises what the server refuses it with, and Unavailable (CONSOLE_LOST) when the connection breaks.
     """
     with Wakeups() as wakeups:
-        return _Attachment(session, request, say, wakeups).run()
+        attachment = _Attachment(session, request, say, wakeups, window_bytes=_WINDOW)
+        try:
+            return attachment.run()
+        except Unimplemented as exc:
+            if exc.metadata.get("verb") != "credit":
+                raise
+        say(
+            "[the agent of this node is of an older version: attached anew, output in between may be missing]"
+        )
+        # An agent that knows no positions either begins with what it prints from now on.
+        rest = replace(request, since=Since(position=attachment.position), replay_bytes=0, greeting="")
+        return _Attachment(session, rest, say, wakeups, window_bytes=0).run()
 
 
 class _Attachment:
     def __init__(
-        self, session: Session, request: Request, say: Callable[[str], None], wakeups: Wakeups
+        self,
+        session: Session,
+        request: Request,
+        say: Callable[[str], None],
+        wakeups: Wakeups,
+        *,
+        window_bytes: int,
     ) -> None:
         self._session = session
         self._request = request
         self._say = say
         self._wakeups = wakeups
+        self._window = window_bytes
+        """0: no credit is used."""
         self._outgoing: queue.Queue[ConsoleInput | None] = queue.Queue(_QUEUED)
         self._opened = threading.Event()
         self._over = threading.Event()
@@ -106,6 +125,8 @@ class _Attachment:
         self._last_output = time.monotonic()
         self._shown = 0
         """Bytes shown since credit was granted last."""
+        self.position = 0
+        """Of the output that comes next."""
 
     def run(self) -> Ending:
         self._outgoing.put(ConsoleInput(open=self._opening()))
@@ -136,7 +157,7 @@ class _Attachment:
             read_only=request.read_only,
             replay_bytes=request.replay_bytes,
             size=self._size(),
-            window_bytes=_WINDOW,
+            window_bytes=self._window,
         )
         if request.fixed_size:
             opening.resize_policy = ConsoleInput.RESIZE_POLICY_FIXED
@@ -186,10 +207,12 @@ class _Attachment:
                     if kind == "data":
                         self._show(message.data)
                     elif kind == "opened":
+                        self.position = message.opened.position
                         self._opened.set()
                         if self._request.greeting:
                             self._say(self._request.greeting)
                     elif kind == "skipped":
+                        self.position += message.skipped.bytes
                         self._remark(
                             f"[{message.skipped.bytes} bytes of output were skipped: this viewer was too slow]"
                         )
@@ -215,11 +238,12 @@ class _Attachment:
 
     def _show(self, data: bytes) -> None:
         write_all(self._request.output, data)
+        self.position += len(data)
         if self._request.recorder is not None:
             self._request.recorder.output(data)
         self._shown += len(data)
         # Only what our terminal has taken is asked for again, and not for each keystroke's echo.
-        if self._shown >= _WINDOW // 2:
+        if self._window and self._shown >= self._window // 2:
             self._send(ConsoleInput(credit=self._shown))
             self._shown = 0
 

@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from hypervisor.ctl.dev.plan import Layout, Plan
 from hypervisor.ctl.dev.processes import terminate
 from hypervisor.ctl.dev.state import ClusterState, read_state, write_atomically
 from hypervisor.ctl.dev.supervisor import supervise
-from hypervisor.ctl.dev.sweep import console_holders_of, sweep
+from hypervisor.ctl.dev.sweep import console_holders_of, programs_of, remove_tree, sweep
 
 if TYPE_CHECKING:
     from hypervisor.ctl.session import Session
@@ -218,6 +217,12 @@ def stop(root: Path, *, say: Say) -> None:
             )
         Layout(root).state.unlink(missing_ok=True)
         say("Stopped.")
+    # What was started and is on no record would go on making sockets and files.
+    stubborn = [] if known.plan is None else terminate(programs_of(known.plan), grace_s=10.0)
+    if stubborn:
+        raise FailedPrecondition(
+            f"a program of the cluster does not end: process {stubborn[0].pid}", reason="DEV_CLUSTER_STUCK"
+        )
     # It outlives agents on purpose, and its guests end with the cluster.
     stubborn = terminate(console_holders_of(Layout(root).console_holder_socket), grace_s=5.0)
     if stubborn:
@@ -227,14 +232,17 @@ def stop(root: Path, *, say: Say) -> None:
 
 
 def clear_leftovers(plan: Plan, *, say: Say) -> None:
-    """Remove shims, mounts and cgroups of a stopped cluster that has its own containerd."""
+    """Remove shims, VMMs, mounts, cgroups and sockets of a stopped cluster."""
     left = sweep(plan)
     if left:
         say(f"Warning: could not be removed: {', '.join(left)}")
 
 
 def purge(root: Path) -> None:
-    """Delete the directory of a stopped cluster. Refuses directories that are none, and such with mounts."""
+    """Delete the directories of a stopped cluster. Refuses directories that are none, and such with mounts.
+
+    FailedPrecondition (NOT_PURGED) names what could not be deleted; the plan then stays, so that it can be repeated.
+    """
     layout = Layout(root)
     if not layout.plan.is_file():
         raise FailedPrecondition(
@@ -250,6 +258,26 @@ def purge(root: Path) -> None:
             metadata={"dir": str(root)},
         )
     plan = status(root).plan
-    if plan is not None and not plan.simulated:
-        shutil.rmtree(plan.run, ignore_errors=True)
-    shutil.rmtree(root)
+    # Also where the nodes are simulated now: they may have been real the last time.
+    left = [] if plan is None else remove_tree(plan.run)
+    if not left:
+        for entry in sorted(root.iterdir()):
+            if entry != layout.plan:
+                left += remove_tree(entry) if entry.is_dir() and not entry.is_symlink() else _removed(entry)
+    if not left:
+        left = _removed(layout.plan) + remove_tree(root)
+    if left:
+        raise FailedPrecondition(
+            f"{left[0]} could not be deleted{f', and {len(left) - 1} more' if left[1:] else ''}: see what uses it, "
+            "then repeat 'hypervisor-ctl dev down --purge'",
+            reason="NOT_PURGED",
+            metadata={"dir": str(root)},
+        )
+
+
+def _removed(path: Path) -> list[str]:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as exc:
+        return [f"{path} ({exc.strerror})"]
+    return []

@@ -40,6 +40,16 @@ class PrivateLibvirtd:
         """How the agent connects to it."""
         return f"qemu+unix:///system?socket={self.socket}"
 
+    @property
+    def qemu_logs(self) -> Path:
+        """Where it keeps what QEMU says."""
+        return self.root / "log" / "qemu"
+
+    @property
+    def pid_file(self) -> Path:
+        """Where it writes its process's number, and by what its command line is known."""
+        return self.run / "libvirtd.pid"
+
     def directories(self) -> tuple[Path, ...]:
         """What has to be there before it is started."""
         return (self.run, *(self.root / name for name in _MOUNTED))
@@ -84,7 +94,7 @@ class PrivateLibvirtd:
             f"mkdir -p {target} && mount --bind {shlex.quote(str(self.root / name))} {target}"
             for name, target in _MOUNTED.items()
         ]
-        command = f"exec libvirtd --pid-file {shlex.quote(str(self.run / 'libvirtd.pid'))}"
+        command = f"exec libvirtd --pid-file {shlex.quote(str(self.pid_file))}"
         return "\n".join(
             [
                 "#!/bin/sh",

@@ -185,6 +185,8 @@ class Plan:
             }
             if self.libvirt_uri:
                 document["libvirt"] = {"uri": self.libvirt_uri, "data_dir": str(self.layout.data("vms"))}
+                if self.private_libvirt:
+                    document["libvirt"]["qemu_logs"] = str(self.libvirtd.qemu_logs)
         return document
 
     def containerd_config(self) -> str:

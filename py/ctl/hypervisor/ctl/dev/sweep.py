@@ -1,11 +1,12 @@
 """Removes what a development cluster can leave behind when it was not stopped in order: shims, VMMs, mounts,
-cgroups.
+cgroups, and the directory of its sockets.
 
-Only what is certainly its own is touched: processes whose command line names its socket, mounts below its directory,
-the cgroups of its containerd namespace, whose name is made of that directory, and what runs in them.
+Only what is certainly its own is touched: processes whose command line names its socket or configuration, mounts below
+its directory, the cgroups of its containerd namespace, whose name is made of that directory, and what runs in them.
 """
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -20,7 +21,15 @@ from hypervisor.ctl.dev.processes import (
     terminate,
 )
 
-__all__ = ["console_holders_of", "machines_of", "processes_in", "shims_of", "sweep"]
+__all__ = [
+    "console_holders_of",
+    "machines_of",
+    "processes_in",
+    "programs_of",
+    "remove_tree",
+    "shims_of",
+    "sweep",
+]
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _VMMS = ("qemu-system-", "firecracker")
@@ -38,12 +47,24 @@ def shims_of(socket: str) -> list[ProcessId]:
 
 def console_holders_of(socket: Path) -> list[ProcessId]:
     """Console holders that listen there: their command line names the socket."""
-    found = []
-    for process in every_process():
-        words = command_line(process)
-        if "--socket" in words[:-1] and words[words.index("--socket") + 1] == str(socket):
-            found.append(process)
-    return found
+    return [process for process in every_process() if _is_told(process, "--socket", socket)]
+
+
+def programs_of(plan: Plan) -> list[ProcessId]:
+    """Programs that run by the cluster's configuration, on record or not: a supervisor that was killed may have started
+    one and not told of it."""
+    told = [("--config", plan.layout.config(program)) for program in ("containerd", "server", "agent")]
+    told.append(("--pid-file", plan.libvirtd.pid_file))
+    return [
+        process
+        for process in every_process()
+        if any(_is_told(process, option, value) for option, value in told)
+    ]
+
+
+def _is_told(process: ProcessId, option: str, value: Path) -> bool:
+    words = command_line(process)
+    return option in words[:-1] and words[words.index(option) + 1] == str(value)
 
 
 def processes_in(top: Path) -> set[ProcessId]:
@@ -67,6 +88,21 @@ def sweep(plan: Plan) -> list[str]:
     left += _stop_private_runtime(plan) if plan.private_containerd else []
     for top in _cgroups_of(plan):
         left += _remove_cgroups(top)
+    # Not with its data: sockets and FIFOs serve nobody once their programs have ended, and who deletes the cluster's
+    # directory by hand does not think of this one.
+    return left + remove_tree(plan.run)
+
+
+def remove_tree(top: Path) -> list[str]:
+    """Remove a directory and all in it, following no link; returns what could not be removed, in words."""
+    left: list[str] = []
+
+    def failed(_function: object, path: str, info: tuple[object, BaseException, object]) -> None:
+        error = info[1]
+        if not isinstance(error, FileNotFoundError):
+            left.append(f"{path} ({error.strerror if isinstance(error, OSError) else error})")
+
+    shutil.rmtree(top, onerror=failed)
     return left
 
 

@@ -3,7 +3,6 @@
 from collections.abc import AsyncIterator, Iterable
 
 import structlog
-from msgspec import structs
 
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import (
@@ -25,6 +24,7 @@ from hypervisor.server.images.contract import (
     ImportHeader,
     UploadProgress,
 )
+from hypervisor.server.images.deleting import finish_delete, mark_deleting, users_of
 from hypervisor.server.images.keeping import ImageKeeper
 from hypervisor.server.images.naming import image_not_found, servers_of, with_holder
 from hypervisor.server.images.store import ImageStore
@@ -209,13 +209,8 @@ class ImageService:
             image = self._found(draft, ref)
             if not force:
                 self._check_unused(image)
-            marked = structs.replace(image, state=ImageState.DELETING)
-            if marked != image:
-                draft.put(keys.image(image.id), marked)
-            return marked
+            return mark_deleting(draft, image, opened, force=force)
 
-        # Two steps, as an instance that names it may be made on another server at this moment. From the first on no new
-        # one can be; once this server has seen it, it has also seen every one that was made before.
         marked = await self._committer.commit(mark)
         if isinstance(marked.value, OperationRecord):
             return await self._operations.conclude(Decided(marked.value, marked.revision), wait=mutation.wait)
@@ -225,15 +220,16 @@ class ImageService:
         def finish(draft: Draft) -> OperationRecord | None:
             found = draft.get(keys.image(image.id))
             if found is None:
-                raise image_not_found(ref.image)
-            if self._users(image) and not force:
-                draft.put(keys.image(image.id), structs.replace(found.value, state=ImageState.READY))
+                return self._deleted_by_the_leader(draft, opened, ref)
+            if found.value.state is not ImageState.DELETING:
                 return None
-            draft.delete(keys.image(image.id))
-            draft.delete(keys.image_name(image.project, image.name))
-            return self._operations.record_done(
-                draft, structs.replace(opened, object_id=image.id, object_name=image.name)
-            )
+            if not finish_delete(
+                draft, found.value, image.deletion, used=bool(users_of(self._view, image.id))
+            ):
+                return None
+            done = draft.get(keys.operation(opened.id))
+            assert done is not None
+            return done.value
 
         finished = await self._committer.commit(finish)
         if finished.value is None:
@@ -241,6 +237,14 @@ class ImageService:
             raise _being_deleted(image)
         log.info("image_deleted", image=image.name, image_id=image.id, principal=opened.principal)
         return await self._operations.conclude(Decided(finished.value, finished.revision), wait=mutation.wait)
+
+    @staticmethod
+    def _deleted_by_the_leader(draft: Draft, opened: OperationRecord, ref: ImageRef) -> OperationRecord:
+        """The operation where the leader found that this server took too long; else another delete was faster."""
+        done = draft.get(keys.operation(opened.id))
+        if done is None:
+            raise image_not_found(ref.image)
+        return done.value
 
     def _found(self, draft: Draft, ref: ImageRef) -> Image:
         claim = draft.get(keys.image_name(ref.project, ref.image))
@@ -250,14 +254,8 @@ class ImageService:
         check_version(found, ref.resource_version, what=f"image {found.value.name}")
         return found.value
 
-    def _users(self, image: Image) -> list[str]:
-        """Names of the instances that were made with it."""
-        return sorted(
-            found.value.name for found in self._view.instances() if image.id in found.value.images.values()
-        )
-
     def _check_unused(self, image: Image) -> None:
-        users = self._users(image)
+        users = users_of(self._view, image.id)
         if not users:
             return
         shown = ", ".join(users[:_USERS_SHOWN])

@@ -7,12 +7,14 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from hypervisor.core.images import Image, ImageState
 from hypervisor.core.model import Instance, Node, OperationRecord
 from hypervisor.core.states import TRANSITIONAL, DesiredState, InstanceStatus, NodeStatus, can_move
 from hypervisor.server.verbs import LED
 
 __all__ = [
     "Action",
+    "FinishImageDelete",
     "InspectNode",
     "MarkNodeOffline",
     "MarkUnknown",
@@ -74,6 +76,13 @@ class PurgeOperation:
     operation_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class FinishImageDelete:
+    """It is being deleted, and its server is dead or takes too long."""
+
+    image_id: str
+
+
 Action = (
     MarkNodeOffline
     | MarkUnknown
@@ -82,6 +91,7 @@ Action = (
     | RemoveOldCopy
     | InspectNode
     | PurgeOperation
+    | FinishImageDelete
 )
 
 
@@ -98,6 +108,8 @@ class Situation:
     retention: timedelta
     patience: timedelta
     """How long after an operation's deadline its server is left to end it by itself."""
+    images: Iterable[Image] = ()
+    """Those that are being deleted, at least."""
 
 
 def decide(situation: Situation) -> tuple[Action, ...]:
@@ -108,6 +120,7 @@ def decide(situation: Situation) -> tuple[Action, ...]:
         *_nodes(nodes.values(), situation.nodes_alive),
         *_instances(instances.values(), nodes),
         *_operations(situation, instances),
+        *_images(situation),
     )
 
 
@@ -155,3 +168,17 @@ def _operations(situation: Situation, instances: dict[str, Instance]) -> Iterato
         overdue = deadline is not None and deadline + situation.patience < situation.now
         if overdue or operation.server_id not in situation.servers_alive:
             yield RedriveOperation(operation.id)
+
+
+def _images(situation: Situation) -> Iterator[Action]:
+    for image in situation.images:
+        if image.state is not ImageState.DELETING:
+            continue
+        # One that an earlier version began tells of no server.
+        operation = None if image.deletion is None else image.deletion.operation
+        if (
+            operation is None
+            or operation.server_id not in situation.servers_alive
+            or operation.started_at + situation.patience < situation.now
+        ):
+            yield FinishImageDelete(image.id)

@@ -15,9 +15,11 @@ from hypervisor.server import keys
 from hypervisor.server.committer import GroupCommitter
 from hypervisor.server.drafts import Decision, Draft
 from hypervisor.server.executor import OperationExecutor
+from hypervisor.server.images.deleting import finish_for_another
 from hypervisor.server.node_changes import mark_offline, mark_unknown
 from hypervisor.server.reconcile.decide import (
     Action,
+    FinishImageDelete,
     InspectNode,
     MarkNodeOffline,
     MarkUnknown,
@@ -183,6 +185,7 @@ class Reconciler:
             servers_alive={s.id for s in view.servers()},
             retention=timedelta(seconds=self._settings.retention_s),
             patience=timedelta(seconds=self._settings.patience_s),
+            images=[i.value for i in view.images()],
         )
 
     def _operations_to_look_at(self) -> Iterable[Versioned[OperationRecord]]:
@@ -210,6 +213,11 @@ class Reconciler:
                     self._nodes.ask(node_id)
                 case PurgeOperation(operation_id):
                     await self._commit(lambda d: _purge(d, operation_id, fence=fence))
+                case FinishImageDelete(image_id):
+                    if await self._commit(
+                        lambda d: finish_for_another(d, image_id, view=self._view, fence=fence)
+                    ):
+                        log.info("image_delete_finished", image_id=image_id)
         except HypervisorError as exc:
             # The next look decides anew.
             log.warning("reconcile_action_failed", action=repr(action), reason=exc.reason, error=str(exc))

@@ -5,9 +5,8 @@ listing is taken is proven by an event of our own: it is published until it come
 """
 
 import asyncio
-import contextlib
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import NoReturn
@@ -20,6 +19,7 @@ from google.protobuf import any_pb2
 
 from hypervisor.agent.drivers.containerd.client import Client
 from hypervisor.agent.drivers.containerd.runtime import moment
+from hypervisor.agent.drivers.pumped_feed import PumpedFeed, first_leaf
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import HypervisorError, Unavailable
 from hypervisor.core.model import Observation
@@ -57,7 +57,7 @@ class EventHandlers:
     resync: Callable[[], Awaitable[tuple[Observation, ...]]]
 
 
-class EventFeed(AsyncIterator[Observation]):
+class EventFeed(PumpedFeed):
     """Observations for ever; one consumer. Its task runs from the first ``anext`` to :meth:`aclose`.
 
     Should it end by a defect, ``anext`` raises that once, and the next one begins anew with a listing. On a full
@@ -67,50 +67,12 @@ class EventFeed(AsyncIterator[Observation]):
     def __init__(
         self, client: Client, handlers: EventHandlers, *, namespace: str, clock: Clock, rng: random.Random
     ) -> None:
+        super().__init__("containerd-events")
         self._client = client
         self._handlers = handlers
         self._namespace = namespace
         self._clock = clock
         self._rng = rng
-        self._queue: asyncio.Queue[Observation | None] = asyncio.Queue(_QUEUE)
-        self._pump: asyncio.Task[None] | None = None
-        self._closed = False
-
-    def __aiter__(self) -> "EventFeed":
-        return self
-
-    async def __anext__(self) -> Observation:
-        if self._closed and self._pump is None:
-            raise StopAsyncIteration
-        if self._pump is None:
-            self._pump = asyncio.create_task(self._run(), name="containerd-events")
-            self._pump.add_done_callback(self._wake_consumer)
-        if self._pump.done() and self._queue.empty():
-            return self._finish(self._pump)
-        observation = await self._queue.get()
-        return self._finish(self._pump) if observation is None else observation
-
-    def _wake_consumer(self, pump: "asyncio.Task[None]") -> None:
-        if pump is not self._pump:
-            return
-        # On a full queue nobody waits, and the end is seen when it is empty.
-        with contextlib.suppress(asyncio.QueueFull):
-            self._queue.put_nowait(None)
-
-    def _finish(self, pump: "asyncio.Task[None]") -> NoReturn:
-        if not self._closed:
-            self._pump = None
-        if not pump.cancelled():
-            # It runs for ever: that it ended is a defect, for the consumer to see.
-            pump.result()
-        raise StopAsyncIteration
-
-    async def aclose(self) -> None:
-        """End the feed. Idempotent."""
-        self._closed = True
-        if self._pump is not None and not self._pump.done():
-            self._pump.cancel()
-            await asyncio.wait({self._pump})
 
     async def _run(self) -> None:
         delays = _BACKOFF.delays(self._rng)
@@ -120,7 +82,7 @@ class EventFeed(AsyncIterator[Observation]):
             try:
                 await self._follow(synced)
             except* HypervisorError as failures:
-                error = str(_first_leaf(failures))
+                error = str(first_leaf(failures))
             if synced.is_set():
                 delays, told = _BACKOFF.delays(self._rng), ""
             if error != told:
@@ -143,7 +105,7 @@ class EventFeed(AsyncIterator[Observation]):
                 group.create_task(self._read(call, live, envelopes))
                 await self._await_live(live)
                 for observation in await self._handlers.resync():
-                    await self._queue.put(observation)
+                    await self._tell(observation)
                 synced.set()
                 for _ in range(_PARALLEL):
                     group.create_task(self._work(envelopes))
@@ -185,7 +147,7 @@ class EventFeed(AsyncIterator[Observation]):
         while True:
             observation = await self._handle(await envelopes.get())
             if observation is not None:
-                await self._queue.put(observation)
+                await self._tell(observation)
 
     async def _handle(self, envelope: events_pb2.Envelope) -> Observation | None:
         if envelope.topic == _OOM:
@@ -199,9 +161,3 @@ class EventFeed(AsyncIterator[Observation]):
                 instance_id=event.container_id, exit_code=event.exit_status, exited_at=moment(event.exited_at)
             )
         )
-
-
-def _first_leaf(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

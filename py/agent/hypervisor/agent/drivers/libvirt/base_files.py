@@ -11,6 +11,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import struct
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -22,12 +23,15 @@ from hypervisor.agent.drivers.machine_files import MachineFile
 from hypervisor.agent.drivers.uninterrupted import uninterrupted
 from hypervisor.core.errors import HypervisorError, ResourceExhausted, Unavailable
 
-__all__ = ["BaseFiles"]
+__all__ = ["BaseFiles", "bases_of_overlays"]
 
 _FICLONE = 0x40049409
 _CHUNK = 64 << 20
 _UNUSED_FOR_S = 3600.0
 _PARTIAL = ".partial"
+_QCOW2_MAGIC = b"QFI\xfb"
+_MOST_NAME_BYTES = 1023
+"""Of a qcow2's backing file; see docs/interop/qcow2.txt of QEMU."""
 
 _log = structlog.get_logger(__name__)
 
@@ -61,7 +65,10 @@ class BaseFiles:
 
     async def sweep(self, used: Collection[str]) -> None:
         """Remove what no instance uses and none has taken for an hour."""
-        await asyncio.to_thread(self._sweep, frozenset(used))
+        for name in await asyncio.to_thread(self._unused, frozenset(used)):
+            # Not while somebody takes it over again.
+            async with self._locks.hold(name):
+                await uninterrupted(asyncio.to_thread(self._remove_unused, name))
 
     def _keep(self, file: MachineFile, target: Path) -> None:
         try:
@@ -78,17 +85,37 @@ class BaseFiles:
         except OSError as exc:
             raise _failed(file, self._directory, exc) from exc
 
-    def _sweep(self, used: frozenset[str]) -> None:
+    def _unused(self, used: frozenset[str]) -> list[str]:
         try:
-            entries = list(os.scandir(self._directory))
+            return [name for name in os.listdir(self._directory) if name not in used and self._is_old(name)]
         except FileNotFoundError:
-            return
-        for entry in entries:
-            with contextlib.suppress(FileNotFoundError):
-                unused = entry.name not in used and time.time() - entry.stat().st_mtime > _UNUSED_FOR_S
-                if unused:
-                    os.unlink(entry.path)
-                    _log.info("base_file_removed", file=entry.name)
+            return []
+
+    def _remove_unused(self, name: str) -> None:
+        if self._is_old(name):
+            self.path(name).unlink(missing_ok=True)
+            _log.info("base_file_removed", file=name)
+
+    def _is_old(self, name: str) -> bool:
+        try:
+            return time.time() - self.path(name).stat().st_mtime > _UNUSED_FOR_S
+        except FileNotFoundError:
+            return False
+
+
+def bases_of_overlays(instances: Path) -> set[str]:
+    """Names of the files that overlays in the directories of instances lie on, as these say it themselves. Blocks.
+
+    Of an overlay that nobody knows any more the base stays: it may be all there is left to save. Raises OSError.
+    """
+    used = set()
+    for overlay in instances.glob("*/*.qcow2"):
+        with contextlib.suppress(FileNotFoundError), overlay.open("rb") as file:
+            magic, _, offset, length = struct.unpack(">4sIQI", file.read(20).ljust(20, b"\0"))
+            if magic == _QCOW2_MAGIC and 0 < length <= _MOST_NAME_BYTES:
+                file.seek(offset)
+                used.add(Path(os.fsdecode(file.read(length))).name)
+    return used
 
 
 def _copy(source: int, target: Path, size: int) -> None:

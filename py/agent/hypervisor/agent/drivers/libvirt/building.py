@@ -11,7 +11,7 @@ import structlog
 from msgspec.structs import replace
 
 from hypervisor.agent.drivers.driver import Assignment
-from hypervisor.agent.drivers.libvirt.base_files import BaseFiles
+from hypervisor.agent.drivers.libvirt.base_files import BaseFiles, bases_of_overlays
 from hypervisor.agent.drivers.libvirt.config import LibvirtConfig
 from hypervisor.agent.drivers.libvirt.console import PipeFifos
 from hypervisor.agent.drivers.libvirt.disks import Base, make_disk
@@ -171,10 +171,11 @@ class Builder:
             _log.warning("vm_create_not_undone", instance_id=instance_id, error=str(exc))
 
     async def sweep(self) -> None:
-        """Remove files that no instance uses any more."""
+        """Remove files that no instance uses any more; see :meth:`BaseFiles.sweep`."""
         try:
             used = {name for found in await self._machines.list() for name in found.record.files}
-        except HypervisorError as exc:
+            used |= await asyncio.to_thread(bases_of_overlays, self._config.instances)
+        except (HypervisorError, OSError) as exc:
             _log.warning("base_files_not_swept", error=str(exc))
             return
         await self._bases.sweep(used)

@@ -24,6 +24,9 @@ class LibvirtConfig:
     query_timeout_s: float = 8.0
     pci_root: Path = Path("/sys/bus/pci/devices")
     net_root: Path = Path("/sys/class/net")
+    cgroup_root: Path = Path("/sys/fs/cgroup")
+    qemu_logs: Path = Path("/var/log/libvirt/qemu")
+    """Where libvirt keeps what QEMU says, a file for each instance."""
 
     @property
     def instances(self) -> Path:

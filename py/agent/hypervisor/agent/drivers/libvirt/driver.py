@@ -22,6 +22,7 @@ from hypervisor.agent.drivers.libvirt.events import EventFeed, EventHandlers
 from hypervisor.agent.drivers.libvirt.machines import Machines
 from hypervisor.agent.drivers.libvirt.observing import Phase
 from hypervisor.agent.drivers.libvirt.record import Record
+from hypervisor.agent.drivers.libvirt.remains import sweep_remains
 from hypervisor.agent.drivers.libvirt.resizing import Resizing
 from hypervisor.agent.drivers.libvirt.snapshots import Snapshots
 from hypervisor.agent.drivers.libvirt.specification import check
@@ -54,7 +55,7 @@ class LibvirtDriver:
         self._config = config
         self._clock = clock
         self._connection = Connection(config.uri, listener=self._on_event)
-        self._machines = Machines(self._connection)
+        self._machines = Machines(self._connection, home=config.data_dir)
         self._fifos = PipeFifos(config.consoles, buffer_bytes=config.console_buffer_bytes)
         self._tracker = Tracker(self._machines, self._fifos, clock=clock, uri=config.uri)
         self._builder = Builder(config, self._machines, self._fifos)
@@ -94,6 +95,7 @@ class LibvirtDriver:
             epoch=assignment.epoch,
             name=assignment.name,
             project=assignment.project,
+            home=self._machines.home,
             files=sources.files,
             image=sources.image,
             has_disk=sources.has_disk,
@@ -133,7 +135,20 @@ class LibvirtDriver:
             await self._machines.undefine(instance_id)
         self._tracker.live.pop(instance_id, None)
         await self._builder.sweep()
+        await self._sweep_remains(instance_id)
         return existed
+
+    async def collect(self) -> None:
+        """See ``Collecting``: images, kernels and initial RAM disks that were taken over for instances."""
+        await self._builder.sweep()
+
+    async def _sweep_remains(self, instance_id: str) -> None:
+        left = await asyncio.to_thread(
+            sweep_remains, instance_id, logs=self._config.qemu_logs, cgroups=self._config.cgroup_root
+        )
+        if left:
+            # The instance is gone all the same.
+            _log.warning("vm_remains_left", instance_id=instance_id, left=left)
 
     # Start and stop.
 

@@ -6,13 +6,13 @@ event be lost all the same, the listing that is taken every now and then finds w
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import NoReturn
 
 import structlog
 
 from hypervisor.agent.drivers.libvirt.connection import Connection, DomainEvent, Session
+from hypervisor.agent.drivers.pumped_feed import PumpedFeed, first_leaf
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import HypervisorError
 from hypervisor.core.model import Observation
@@ -37,7 +37,7 @@ class EventHandlers:
     look: Callable[[], Awaitable[tuple[Observation, ...]]]
 
 
-class EventFeed(AsyncIterator[Observation]):
+class EventFeed(PumpedFeed):
     """Observations for ever; one consumer. Its task runs from the first ``anext`` to :meth:`aclose`.
 
     Events that come while nobody asks are dropped: the listing that a consumer begins with tells what they did. Should
@@ -47,58 +47,22 @@ class EventFeed(AsyncIterator[Observation]):
     def __init__(
         self, connection: Connection, handlers: EventHandlers, *, clock: Clock, rng: random.Random
     ) -> None:
+        super().__init__("libvirt-events")
         self._connection = connection
         self._handlers = handlers
         self._clock = clock
         self._rng = rng
         self._incoming: asyncio.Queue[DomainEvent] = asyncio.Queue(_QUEUE)
         self._overflowed = asyncio.Event()
-        self._queue: asyncio.Queue[Observation | None] = asyncio.Queue(_QUEUE)
-        self._pump: asyncio.Task[None] | None = None
-        self._closed = False
 
     def deliver(self, event: DomainEvent) -> None:
         """Take an event of the connection; never blocks."""
-        if self._pump is None:
+        if not self._begun:
             return
         if self._incoming.full():
             self._incoming.get_nowait()
             self._overflowed.set()
         self._incoming.put_nowait(event)
-
-    def __aiter__(self) -> "EventFeed":
-        return self
-
-    async def __anext__(self) -> Observation:
-        if self._closed and self._pump is None:
-            raise StopAsyncIteration
-        if self._pump is None:
-            self._pump = asyncio.create_task(self._run(), name="libvirt-events")
-            self._pump.add_done_callback(self._wake_consumer)
-        if self._pump.done() and self._queue.empty():
-            return self._finish(self._pump)
-        observation = await self._queue.get()
-        return self._finish(self._pump) if observation is None else observation
-
-    def _wake_consumer(self, pump: "asyncio.Task[None]") -> None:
-        if pump is self._pump and not self._queue.full():
-            # On a full queue nobody waits, and the end is seen when it is empty.
-            self._queue.put_nowait(None)
-
-    def _finish(self, pump: "asyncio.Task[None]") -> NoReturn:
-        if not self._closed:
-            self._pump = None
-        if not pump.cancelled():
-            # It runs for ever: that it ended is a defect, for the consumer to see.
-            pump.result()
-        raise StopAsyncIteration
-
-    async def aclose(self) -> None:
-        """End the feed. Idempotent."""
-        self._closed = True
-        if self._pump is not None and not self._pump.done():
-            self._pump.cancel()
-            await asyncio.wait({self._pump})
 
     async def _run(self) -> None:
         delays = _BACKOFF.delays(self._rng)
@@ -108,13 +72,13 @@ class EventFeed(AsyncIterator[Observation]):
             try:
                 session = await self._connection.session()
                 for observation in await self._handlers.resync():
-                    await self._queue.put(observation)
+                    await self._tell(observation)
                 if told:
                     _log.info("libvirt_events_resumed")
                 delays, told = _BACKOFF.delays(self._rng), ""
                 await self._follow(session)
             except* HypervisorError as failures:
-                error = str(_first_leaf(failures))
+                error = str(first_leaf(failures))
             if error != told:
                 # Once, and not at every attempt of an outage.
                 _log.warning("libvirt_events_interrupted", error=error)
@@ -134,7 +98,7 @@ class EventFeed(AsyncIterator[Observation]):
         while True:
             observation = await self._handlers.on_event(await self._incoming.get())
             if observation is not None:
-                await self._queue.put(observation)
+                await self._tell(observation)
 
     async def _look_now_and_then(self) -> None:
         while True:
@@ -147,10 +111,4 @@ class EventFeed(AsyncIterator[Observation]):
                 waiting.cancel()
             self._overflowed.clear()
             for observation in await self._handlers.look():
-                await self._queue.put(observation)
-
-
-def _first_leaf(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
+                await self._tell(observation)

@@ -1,5 +1,6 @@
 """What the microVM driver has to be told."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,3 +37,6 @@ class MicrovmConfig:
     """Console output the kernel keeps for an instance while no agent reads it; past that, the guest waits."""
     boot_timeout_s: float = 30.0
     """How long a VMM may take from its start until its guest runs."""
+    starts_at_once: int = max(8, 4 * (os.cpu_count() or 1))
+    """Starts under way at the same time; others wait. More would only slow each other down until all are late, and some
+    too late. A start is half waiting (for the kernel, for a process to come up), so there are more than cores."""

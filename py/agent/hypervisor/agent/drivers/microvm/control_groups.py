@@ -26,6 +26,7 @@ class ControlGroups:
         self._parent = parent
         self._v2 = uses_v2(root)
         self._prepared = False
+        self._parents: tuple[Path, ...] = ()
 
     def paths(self, name: str) -> CgroupPaths:
         """Where the group is."""
@@ -33,12 +34,12 @@ class ControlGroups:
 
     def exists(self, name: str) -> bool:
         """Whether there is anything of it."""
-        return any(path.is_dir() for path in _directories(self.paths(name), self._root))
+        return any(path.is_dir() for path in self._directories(name))
 
     def names(self) -> tuple[str, ...]:
         """All groups there are."""
         found: set[str] = set()
-        for directory in _directories(expected_paths(self._parent, root=self._root), self._root):
+        for directory in self._parent_directories():
             with contextlib.suppress(FileNotFoundError):
                 found.update(entry.name for entry in os.scandir(directory) if entry.is_dir())
         return tuple(sorted(found))
@@ -49,7 +50,7 @@ class ControlGroups:
         self.remove(name)
         self._prepare()
         paths = self.paths(name)
-        for directory in _directories(paths, self._root):
+        for directory in self._directories(name):
             directory.mkdir(parents=True, exist_ok=True)
         apply_cpu_limit(paths, cpu_limit(cpu_millis))
         if paths.unified is not None:
@@ -59,7 +60,7 @@ class ControlGroups:
 
     def add(self, name: str, pid: int) -> None:
         """Move a process into it; what it allocates from now on counts there."""
-        for directory in _directories(self.paths(name), self._root):
+        for directory in self._directories(name):
             _write(directory / "cgroup.procs", str(pid))
 
     def oom_kills(self, name: str) -> int:
@@ -69,7 +70,7 @@ class ControlGroups:
     def pids(self, name: str) -> tuple[int, ...]:
         """Processes in it."""
         found: set[int] = set()
-        for directory in _directories(self.paths(name), self._root):
+        for directory in self._directories(name):
             with contextlib.suppress(FileNotFoundError):
                 found.update(map(int, (directory / "cgroup.procs").read_text("ascii").split()))
         return tuple(sorted(found))
@@ -78,7 +79,7 @@ class ControlGroups:
         """Kill what is in it and remove it; whether there was one. What
         does not end keeps it until the next time. Blocks meanwhile."""
         existed = False
-        for directory in _directories(self.paths(name), self._root):
+        for directory in self._directories(name):
             try:
                 directory.rmdir()
                 existed = True
@@ -98,10 +99,20 @@ class ControlGroups:
 
     def remove_parent(self) -> None:
         """Remove the group around all, when it is empty: a node without microVMs has nothing of them."""
-        for directory in _directories(expected_paths(self._parent, root=self._root), self._root):
+        for directory in self._parent_directories():
             with contextlib.suppress(OSError):
                 directory.rmdir()
         self._prepared = False
+
+    def _directories(self, name: str) -> list[Path]:
+        """The group's directory in each hierarchy."""
+        return [parent / name for parent in self._parent_directories()]
+
+    def _parent_directories(self) -> tuple[Path, ...]:
+        # Looked for once: what is mounted stays, and looking takes longer than all that is done with a group.
+        if not self._parents:
+            self._parents = _in_each_hierarchy(expected_paths(self._parent, root=self._root), self._root)
+        return self._parents
 
     def _prepare(self) -> None:
         """With version 2, controllers have to be handed down from the root."""
@@ -122,7 +133,7 @@ def _hand_down(directory: Path) -> None:
     _write(directory / "cgroup.subtree_control", " ".join(wanted))
 
 
-def _directories(paths: CgroupPaths, root: Path) -> tuple[Path, ...]:
+def _in_each_hierarchy(paths: CgroupPaths, root: Path) -> tuple[Path, ...]:
     if paths.unified is not None:
         return (paths.unified,)
     # Controllers that are mounted together lead to one directory by several names; some may not be mounted at all.

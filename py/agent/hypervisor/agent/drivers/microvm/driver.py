@@ -20,8 +20,9 @@ from hypervisor.agent.drivers.microvm.records import Record, RecordStore
 from hypervisor.agent.drivers.microvm.resizing import check_sizes, resize
 from hypervisor.agent.drivers.microvm.runner import Runner
 from hypervisor.agent.drivers.microvm.snapshots import Snapshots
+from hypervisor.agent.drivers.microvm.starting import Starter
 from hypervisor.agent.drivers.microvm.tracking import MOST_LOG_BYTES, SUSPENDED, Live, Tracker
-from hypervisor.agent.drivers.microvm.vmm import Machine, Run, SavedState, Vmm
+from hypervisor.agent.drivers.microvm.vmm import Machine, Vmm
 from hypervisor.agent.drivers.uninterrupted import uninterrupted
 from hypervisor.agent.stats.sources import StatsSource
 from hypervisor.core.clock import Clock
@@ -51,6 +52,7 @@ class MicrovmDriver:
         self._runner = Runner(config)
         self._chooser = Chooser(vmms, config, self._runner, new_id=new_id)
         self._tracker = Tracker(config, self._store, self._chooser, self._runner, clock=clock)
+        self._starter = Starter(self._tracker, self._runner, clock=clock)
         self._snapshots = Snapshots(self._tracker, clock=clock)
 
     @property
@@ -144,54 +146,8 @@ class MicrovmDriver:
             if live.running:
                 return self._tracker.observe(live)
             await self._tracker.settle_ended(live)
-            if not live.record.suspended:
-                return await uninterrupted(self._start(live))
-            directory = self._tracker.machine(live.record).directory / SUSPENDED
-            # Once: should the agent die after the guest has gone on, its old memory must not meet its newer disk.
-            self._tracker.save(live, replace(live.record, suspended=False))
-            try:
-                observation = await uninterrupted(self._start(live, SavedState(directory=directory)))
-            except HypervisorError:
-                self._tracker.save(live, replace(live.record, suspended=True))
-                raise
-            await asyncio.to_thread(remove_tree, directory)
-            return observation
-
-    async def _start(self, live: Live, state: SavedState | None = None, *, based_on: str = "") -> Observation:
-        record = live.record
-        was_starting = record.starting
-        before = record
-
-        def spawned(run: Run) -> None:
-            self._tracker.save(live, replace(live.record, run=run))
-
-        self._tracker.save(live, replace(record, starting=True, stop_asked=False))
-        try:
-            process = await self._runner.start(
-                self._tracker.vmm(record),
-                self._tracker.machine(record),
-                cpu_millis=record.spec.cpu_millis,
-                bridges=tuple(network.bridge for network in record.spec.networks),
-                state=state,
-                spawned=spawned,
-                kill_strays=was_starting,
-            )
-        except BaseException:
-            self._tracker.save(live, replace(before, starting=False))
-            raise
-        self._tracker.save(
-            live,
-            replace(
-                live.record,
-                starting=False,
-                started_at=self._clock.now(),
-                paused=state is not None and state.paused,
-                end=None,
-                based_on=based_on,
-            ),
-        )
-        self._tracker.watch(live, process)
-        return self._tracker.observe(live)
+            starting = self._starter.go_on(live) if live.record.suspended else self._starter.start(live)
+            return await uninterrupted(starting)
 
     async def stop(self, instance_id: str, *, grace_s: float) -> Observation:
         """Ask its guest, then SIGKILL."""
@@ -219,7 +175,10 @@ class MicrovmDriver:
         return observation
 
     async def _end_politely(self, live: Live, process: VmmProcess) -> None:
-        while await self._asked(live):
+        heard = True
+        while heard:
+            # One that does not answer may be about to end: its socket goes before it does.
+            heard = await self._asked(live)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(ASK_AGAIN_S):
                     await process.wait()
@@ -239,7 +198,7 @@ class MicrovmDriver:
             live = await self._tracker.known(instance_id)
             await self._stop(live, grace_s=grace_s)
             await self._drop_suspended(live)
-            return await uninterrupted(self._start(live))
+            return await uninterrupted(self._starter.start(live))
 
     # Powers.
 
@@ -325,7 +284,7 @@ class MicrovmDriver:
             if not kept.snapshot.memory:
                 return self._tracker.observe(live)
             state = self._snapshots.state(live, kept)
-            return await uninterrupted(self._start(live, state, based_on=name))
+            return await uninterrupted(self._starter.start(live, state, based_on=name))
 
     async def delete_snapshot(self, instance_id: str, name: str) -> bool:
         """See ``Snapshotting``."""

@@ -39,7 +39,8 @@ _log = structlog.get_logger(__name__)
 
 
 class FirecrackerVmm:
-    """Implements ``Vmm``. ``jailer`` None: it runs as the agent does. Programs without '/' are looked for in PATH."""
+    """Implements ``Vmm``. ``jailer`` None: it runs as the agent does. Programs without '/' are looked for in PATH.
+    ``request_timeout_s``: of each request of its API but those that move a guest's memory."""
 
     key = _KEY
     choice = VmmChoice.FIRECRACKER
@@ -48,12 +49,19 @@ class FirecrackerVmm:
     """Its own memory, beside the guest's, with room for what it keeps of files."""
 
     def __init__(
-        self, program: Path, *, jailer: Path | None, clock: Clock, kvm: Path = Path("/dev/kvm")
+        self,
+        program: Path,
+        *,
+        jailer: Path | None,
+        clock: Clock,
+        kvm: Path = Path("/dev/kvm"),
+        request_timeout_s: float = 10.0,
     ) -> None:
         self._program = program
         self._jailer = jailer
         self._clock = clock
         self._kvm = kvm
+        self._request_timeout_s = request_timeout_s
         self._version: tuple[str, str] = ("", "")
 
     async def version(self) -> str:
@@ -234,7 +242,9 @@ class FirecrackerVmm:
             return await api.get("/mmds")
 
     def _api(self, machine: Machine) -> FirecrackerApi:
-        return FirecrackerApi(self.root(machine.directory) / _SOCKET, clock=self._clock)
+        return FirecrackerApi(
+            self.root(machine.directory) / _SOCKET, clock=self._clock, timeout_s=self._request_timeout_s
+        )
 
     def _resolved(self) -> Path:
         return Path(os.path.realpath(_find(self._program, "it", "microvm.firecracker")))

@@ -64,6 +64,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """Whether this run was told to end: recorded before it is, so that whoever sees the end knows it was asked for."""
     suspended: bool = False
     """Whether its memory is on disk, to go on from there."""
+    going_on: bool = False
+    """Its memory has been loaded, and its guest is being let go on: it may have run since."""
     end: RunEnd | None = None
     snapshots: tuple[Kept, ...] = ()
     based_on: str = ""

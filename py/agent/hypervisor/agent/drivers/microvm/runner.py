@@ -33,6 +33,7 @@ class Runner:
         self._config = config
         self.fifos = ConsoleFifos(config.run_dir, buffer_bytes=config.console_buffer_bytes)
         self.groups = ControlGroups(config.cgroup_root, config.cgroup)
+        self._starts = asyncio.Semaphore(config.starts_at_once)
 
     async def start(
         self,
@@ -46,13 +47,25 @@ class Runner:
         kill_strays: bool = False,
     ) -> VmmProcess:
         """A run whose guest runs. ``bridges``: of each card. ``spawned`` is told of the process as soon as there is
-        one. ``kill_strays``: an earlier start was cut off, and may have left a process.
+        one. ``kill_strays``: an earlier start was cut off, and may have left a process. Waits while many others start.
 
         Raises what the VMM says, ``FailedPrecondition`` (``START_FAILED``) when its process ends, DeadlineExceeded
         (``VMM_TIMEOUT``) when its guest does not run in time.
         """
-        if kill_strays:
-            await self.kill_strays(machine)
+        async with self._starts:
+            if kill_strays:
+                await self.kill_strays(machine)
+            return await self._start(vmm, machine, cpu_millis, bridges, state, spawned)
+
+    async def _start(
+        self,
+        vmm: Vmm,
+        machine: Machine,
+        cpu_millis: int,
+        bridges: tuple[str, ...],
+        state: SavedState | None,
+        spawned: Callable[[Run], None],
+    ) -> VmmProcess:
         process: VmmProcess | None = None
         launch: Launch | None = None
         try:

@@ -89,22 +89,72 @@ class Tracker:
                 live.process = VmmProcess.adopt(record.run)
             self.live[record.instance_id] = live
             if record.starting:
-                await self._undo_half_start(live)
+                await self._settle_half_start(live)
+            elif record.suspended and record.run is not None:
+                await self._finish_suspending(live)
             elif record.run is not None:
-                self._runner.fifos.adopt(record.instance_id)
-                if live.process is None or live.process.ended:
-                    await self.settle(live, live.process)
-                else:
-                    self.watch(live, live.process)
+                await self._take_up(live)
 
-    async def _undo_half_start(self, live: Live) -> None:
+    async def _take_up(self, live: Live) -> None:
+        self._runner.fifos.adopt(live.record.instance_id)
+        if live.process is None or live.process.ended:
+            await self.settle(live, live.process)
+        else:
+            self.watch(live, live.process)
+
+    async def _settle_half_start(self, live: Live) -> None:
         """An agent died between making a process and letting its guest run, or telling of it: nobody was told that it
-        runs, so it does not. What the record does not know of is ended by the next start, or goes with the delete."""
+        runs, so it does not, but where it went on from saved memory and that would be lost. What the record does not
+        know of is ended by the next start, or goes with the delete."""
+        record, machine = live.record, self.machine(live.record)
+        if record.going_on and live.running:
+            try:
+                phase = await self.vmm(record).phase(machine)
+            except HypervisorError as exc:
+                _log.warning("microvm_phase_unknown", instance_id=record.instance_id, error=str(exc))
+                await self._end(live)
+            else:
+                if phase is not VmmPhase.RUNNING:
+                    await self._end(live)
+                    await self.undo_going_on(live)
+                    return
+        elif not record.going_on:
+            await self._end(live)
+            await self._tidy(machine)
+            self.save(live, replace(record, run=None))
+            return
+        # It runs, or did: the disk may be newer than the saved memory.
+        self.save(
+            live, replace(record, starting=False, going_on=False, started_at=self._clock.now(), paused=False)
+        )
+        await self._take_up(live)
+        await self.forget_memory(live)
+
+    async def undo_going_on(self, live: Live) -> None:
+        """Suspended as before: its process has ended, and its guest never ran; called with the instance's lock held."""
+        live.process = None
+        await self._tidy(self.machine(live.record))
+        self.save(live, replace(live.record, run=None, starting=False, going_on=False, suspended=True))
+
+    async def forget_memory(self, live: Live) -> None:
+        """Drop what a suspend has saved, once the guest has gone on from it."""
+        try:
+            await asyncio.to_thread(remove_tree, self.machine(live.record).directory / SUSPENDED)
+        except OSError as exc:
+            # Nothing goes on from it any more; the next suspend or the delete takes it away.
+            _log.warning("microvm_memory_left", instance_id=live.record.instance_id, error=str(exc))
+
+    async def _finish_suspending(self, live: Live) -> None:
+        """An agent died after it had recorded that the memory is on disk, with the guest paused."""
+        process = live.process
+        if process is not None:
+            await self._runner.kill(process)
+        await self.settle(live, process, suspended=True)
+
+    async def _end(self, live: Live) -> None:
         if live.process is not None:
             await self._runner.kill(live.process)
             live.process = None
-        await self._tidy(self.machine(live.record))
-        self.save(live, replace(live.record, run=None))
 
     async def known(self, instance_id: str) -> Live:
         """``NotFound`` (``INSTANCE_NOT_FOUND``)."""
@@ -222,6 +272,7 @@ class Tracker:
             record,
             run=None,
             starting=False,
+            going_on=False,
             paused=False,
             end=ended,
             based_on="",
