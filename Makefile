@@ -31,6 +31,14 @@ test: setup ## build everything, run every test and linter, print the counts
 test-fast: ## the tests and linters that need neither root nor containerd
 	tools/test --config=fast //...
 
+.PHONY: test-kvm
+test-kvm: setup ## the microVM tests, and Linux guests under Firecracker where a boot shows that this machine's KVM runs them
+	tools/test //tests/kvm //tests/microvm/...
+
+.PHONY: test-kvm-nested
+test-kvm-nested: setup dev ## Linux under Firecracker in an emulated machine with a KVM of its own; slow, as root
+	tools/cgroup2_guest --kvm
+
 .PHONY: lint
 lint: ## ruff, mypy --strict, buildifier, shellcheck, buf
 	tools/test //tools/lint/...

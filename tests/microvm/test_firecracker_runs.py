@@ -13,13 +13,23 @@ from msgspec.structs import replace
 
 from hvtest_driver_stats import sampled
 from hvtest_driver_watching import events_of, read_until, the_end
-from hvtest_microvms import FirecrackerBench, answer, assignment, pid_of, root_of, started
-from hypervisor.agent.drivers.microvm import MicrovmDriver
-from hypervisor.agent.drivers.microvm.firecracker import FirecrackerVmm
+from hvtest_microvms import (
+    FIRECRACKER,
+    JAILER,
+    FirecrackerBench,
+    answer,
+    assignment,
+    pid_of,
+    root_of,
+    started,
+)
+from hypervisor.agent.drivers.microvm import FirecrackerVmm, MicrovmDriver
 from hypervisor.agent.drivers.microvm.processes import end_now
 from hypervisor.agent.drivers.microvm.records import RecordStore
 from hypervisor.agent.drivers.microvm.vmm import Machine
-from hypervisor.core.errors import FailedPrecondition, InvalidArgument
+from hypervisor.core.clock import SystemClock
+from hypervisor.core.errors import FailedPrecondition, InvalidArgument, Unavailable
+from hypervisor.core.ids import new_id
 from hypervisor.core.machines import MicrovmOptions, RateLimit, SnapshotKind
 from hypervisor.core.model import Sizes
 from hypervisor.core.states import InstanceStatus
@@ -150,6 +160,28 @@ async def test_a_guest_that_hears_is_stopped_politely(node: FirecrackerBench, mi
 
     assert (stopped.status, stopped.reason, stopped.exit_code) == (InstanceStatus.STOPPED, "EXITED", 0)
     await read_until(console, b"BYE\r\n")
+
+
+async def test_a_guest_that_ends_while_its_vmm_no_more_answers_has_ended_by_itself(
+    node: FirecrackerBench,
+) -> None:
+    class Ending(FirecrackerVmm):
+        """Its socket is gone a moment before it is."""
+
+        async def ask_to_stop(self, machine: Machine) -> bool:
+            await super().ask_to_stop(machine)
+            raise Unavailable("connection refused", reason="VMM_UNREACHABLE")
+
+    vmm = Ending(FIRECRACKER, jailer=JAILER, clock=SystemClock())
+    driver = MicrovmDriver(node.config, (vmm,), clock=SystemClock(), new_id=new_id)
+    instance_id = await started(driver, node.shell())
+    await answer(driver, instance_id, "echo up", "up\r\nup\r\n")
+
+    stopped = await driver.stop(instance_id, grace_s=20.0)
+    await driver.delete(instance_id)
+    await driver.aclose()
+
+    assert (stopped.status, stopped.reason, stopped.exit_code) == (InstanceStatus.STOPPED, "EXITED", 0)
 
 
 async def test_a_guest_that_does_not_hear_at_first_is_asked_anew(

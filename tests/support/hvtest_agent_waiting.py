@@ -1,16 +1,23 @@
-"""Waiting in tests: on conditions, bounded, never for a fixed time."""
+"""Waiting in tests: on conditions, bounded, never for a fixed time.
+
+``HYPERVISOR_TEST_PATIENCE`` is what every limit is multiplied by: 10 in an emulated machine.
+"""
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-__all__ = ["until", "within"]
+__all__ = ["PATIENCE", "until", "within"]
+
+PATIENCE = float(os.environ.get("HYPERVISOR_TEST_PATIENCE", "1"))
 
 T = TypeVar("T")
 
 
 async def until(probe: Callable[[], T | None], *, what: str, timeout_s: float = 10.0) -> T:
     """The first true result of ``probe``; AssertionError after ``timeout_s``."""
+    timeout_s *= PATIENCE
     try:
         async with asyncio.timeout(timeout_s):
             while not (result := probe()):  # noqa: ASYNC110 - not every condition has an event
@@ -22,6 +29,7 @@ async def until(probe: Callable[[], T | None], *, what: str, timeout_s: float = 
 
 async def within(work: Awaitable[T], *, what: str, timeout_s: float = 10.0) -> T:
     """The result of ``work``; AssertionError after ``timeout_s``."""
+    timeout_s *= PATIENCE
     try:
         async with asyncio.timeout(timeout_s):
             return await work

@@ -23,7 +23,8 @@ _BUSYBOX = Path(os.environ.get("HYPERVISOR_TEST_BUSYBOX", "/bin/busybox"))
 
 @functools.cache
 def linux_guest() -> Guest:
-    """Kernel and initial RAM disk, made once in a test process; skips the test where Debian's parts are lacking."""
+    """Kernel, packed and not, and initial RAM disk, made once in a test process; skips the test where Debian's parts
+    are lacking."""
     kernel = find_kernel()
     if kernel is None:
         pytest.skip("no kernel in /boot for a guest: apt-get install linux-image-cloud-amd64")
@@ -33,4 +34,4 @@ def linux_guest() -> Guest:
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     # Whoever runs the guest may be another user than the test.
     directory.chmod(0o755)
-    return build_guest(directory, kernel=kernel, modules=modules_of(kernel), busybox=_BUSYBOX)
+    return build_guest(directory, kernel=kernel, modules=modules_of(kernel), busybox=_BUSYBOX, vmlinux=True)

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from hvtest_driver_watching import read_until
 from hypervisor.agent.drivers.driver import Assignment, Driver
@@ -81,7 +82,7 @@ class FirecrackerBench:
             cgroup=f"hypervisor-test-{self.directory.name}",
         )
 
-    def __enter__(self) -> "FirecrackerBench":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -95,7 +95,14 @@ class QemuBench:
 
     kind = InstanceType.MICROVM
 
-    def __init__(self, *, bridges: tuple[str, ...] = (), jail: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        bridges: tuple[str, ...] = (),
+        jail: bool = True,
+        accelerator: Accelerator = Accelerator.TCG,
+    ) -> None:
+        self._accelerator = accelerator
         self.directory = Path(tempfile.mkdtemp(prefix="hv-q-", dir=os.environ.get("TEST_TMPDIR")))
         self.images = self.directory / "images"
         self.images.mkdir()
@@ -129,9 +136,9 @@ class QemuBench:
         shutil.rmtree(self.directory)
         shutil.rmtree(self.config.run_dir)
 
-    def vmm(self, accelerator: Accelerator = Accelerator.TCG) -> QemuVmm:
-        """QEMU by TCG, which runs guests everywhere, or by another accelerator."""
-        return QemuVmm(_QEMU, accelerator, clock=SystemClock())
+    def vmm(self, accelerator: Accelerator | None = None) -> QemuVmm:
+        """QEMU by the bench's accelerator, or by another one; TCG runs guests everywhere."""
+        return QemuVmm(_QEMU, accelerator or self._accelerator, clock=SystemClock())
 
     async def open(self) -> Driver:
         """A driver, as an agent that starts makes one, but see :class:`ReadyDriver`."""

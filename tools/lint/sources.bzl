@@ -19,6 +19,7 @@ LINTED_PACKAGES = [
     "//tests/fault",
     "//tests/fault/store",
     "//tests/integration",
+    "//tests/kvm",
     "//tests/microvm",
     "//tests/property",
     "//tests/support",

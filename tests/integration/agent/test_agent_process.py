@@ -207,14 +207,58 @@ async def test_sigterm_ends_in_order_and_instances_run_on(tmp_path: Path, cluste
     assert [o.status for o in cluster.registrations[1].instances] == [RUNNING]
 
 
-async def test_a_second_agent_on_one_data_directory_is_refused(
+async def test_a_second_agent_on_one_data_directory_is_refused_and_the_first_goes_on(
     tmp_path: Path, cluster: ClusterDouble
 ) -> None:
+    instance_id = new_id("i")
     async with _agent(tmp_path, cluster):
         await _registered(cluster, 1)
-        async with _agent(tmp_path, cluster) as second:
+        async with _stub(cluster) as stub:
+            await stub.CreateInstance(_create(instance_id))
+            async with _agent(tmp_path, cluster) as second:
+                assert await second.ended() == 1
+            (kept,) = (await stub.ListLocalInstances(agent_pb2.ListLocalInstancesRequest())).instances
+    (failed,) = second.named("agent_failed")
+    assert failed["reason"] == "DATA_DIR_IN_USE"
+    assert str(tmp_path) in str(failed["error"])
+    assert "stop it, or give this one a directory of its own" in str(failed["error"])
+    assert (kept.instance_id, kept.status) == (instance_id, RUNNING)
+    assert len(cluster.registrations) == 1
+
+
+@pytest.mark.parametrize(("driver", "section"), [("microvm", "microvm"), ("vm", "libvirt")])
+async def test_a_second_agent_on_the_directory_of_anothers_machines_is_refused(
+    tmp_path: Path, cluster: ClusterDouble, driver: str, section: str
+) -> None:
+    """Its own data directory is another one: it would take the other's guests for its own."""
+    flags = [
+        *("--set", f"drivers.enabled={driver}", "--set", "libvirt.uri=test:///default"),
+        *("--set", f"{section}.data_dir={tmp_path}/machines", "--set", f"microvm.run_dir={tmp_path}/run"),
+    ]
+    async with _agent(tmp_path / "first", cluster, *flags) as first:
+        await _registered(cluster, 1)
+        async with _agent(tmp_path / "second", cluster, *flags) as second:
             assert await second.ended() == 1
-    assert [e["reason"] for e in second.named("agent_failed")] == ["DATA_DIR_IN_USE"]
+        assert await first.end() == 0
+    async with _agent(tmp_path / "second", cluster, *flags, "--set", "node.hostname=node-2"):
+        await _registered(cluster, 2)
+
+    (failed,) = second.named("agent_failed")
+    assert failed["reason"] == "DATA_DIR_IN_USE"
+    assert f"{section}.data_dir {tmp_path}/machines is in use by another agent" in str(failed["error"])
+
+
+async def test_a_directory_for_machines_that_cannot_be_made_does_not_keep_the_agent_from_the_rest(
+    tmp_path: Path, cluster: ClusterDouble
+) -> None:
+    (tmp_path / "file").touch()
+    flags = ("--set", "drivers.enabled=microvm", "--set", f"microvm.data_dir={tmp_path}/file/machines")
+    async with _agent(tmp_path / "data", cluster, *flags) as agent:
+        await _registered(cluster, 1)
+        assert await agent.end() == 0
+
+    (warned,) = agent.named("driver_directory_unusable")
+    assert "microvm.data_dir" in str(warned["error"])
 
 
 async def test_a_port_in_use_is_named(tmp_path: Path, cluster: ClusterDouble) -> None:

@@ -84,7 +84,7 @@ def test_a_context_that_is_not_there_ends_with_3_and_names_those_that_are(plain)
     ("text", "said"),
     [
         ("contexts: {a: {sever: x}}", "contexts.a.sever: is not a known key: did you mean server?"),
-        ("contexts: {a: {server: [x]}}", "contexts.a.server: must be text, not list"),
+        ("contexts: {a: {server: [1]}}", "contexts.a.server: must be text, not list"),
         ("contexts: [a]", "contexts: must be a mapping"),
         ("curent: a", "curent: is not a known key: did you mean current?"),
         ("contexts: {a: {server: x, tls: {cert_file: y}}}", "cert_file and key_file go together"),

@@ -17,7 +17,7 @@ from hypervisor.agent.config import AgentSettings, HolderMode
 from hypervisor.agent.console import ConsoleLimits
 from hypervisor.agent.console_holder.launching import EmbeddedHolder, HolderProcess, Launcher
 from hypervisor.agent.consoles import ConsoleHubs
-from hypervisor.agent.data_directory import DataDirectory
+from hypervisor.agent.data_directory import DataDirectory, LockedDirectory
 from hypervisor.agent.drivers.guard import DriverDeadlines
 from hypervisor.agent.drivers.health import DriverHealth
 from hypervisor.agent.drivers.instances import LocalInstances
@@ -35,7 +35,7 @@ from hypervisor.agent.resources import FixedResources, MeasuredResources, Resour
 from hypervisor.agent.stats.service import StatsService
 from hypervisor.core.blobs import BlobDirectory
 from hypervisor.core.clock import Clock
-from hypervisor.core.errors import HypervisorError
+from hypervisor.core.errors import FailedPrecondition, HypervisorError
 from hypervisor.core.ids import IdSource
 from hypervisor.core.model import Observation
 from hypervisor.core.resources import Resources
@@ -134,6 +134,8 @@ async def run_agent(
         )
         stack.push_async_callback(link.aclose)
         made = drivers or _make_drivers(settings, clock=clock, rng=rng, new_id=new_id)
+        if drivers is None:
+            await _lock_machines(settings, made, stack)
         stack.push_async_callback(_close_drivers, made)
         fetcher = await stack.enter_async_context(_fetcher(settings, clock=clock, rng=rng))
         agent = _Agent(
@@ -326,6 +328,24 @@ def _make_drivers(settings: AgentSettings, *, clock: Clock, rng: random.Random, 
         query_s=settings.drivers.query_timeout,
     )
     return make_drivers(settings.drivers.enabled, context, deadlines=deadlines)
+
+
+async def _lock_machines(settings: AgentSettings, drivers: Drivers, stack: AsyncExitStack) -> None:
+    """Keep other agents from the directories of the drivers that there are. One that cannot be written is for its
+    driver to tell: the others go on."""
+    offered = {offered.driver.name for offered in drivers.offered}
+    directories = {
+        # QEMU's user goes through it.
+        "libvirt": LockedDirectory(settings.libvirt.data_dir, setting="libvirt.data_dir", mode=0o711),
+        "microvm": LockedDirectory(settings.microvm.data_dir, setting="microvm.data_dir"),
+    }
+    for name in offered & directories.keys():
+        try:
+            await stack.enter_async_context(directories[name])
+        except FailedPrecondition as exc:
+            if exc.reason != "DATA_DIR_UNUSABLE":
+                raise
+            _log.warning("driver_directory_unusable", driver=name, error=exc.message)
 
 
 def _image_dir(settings: AgentSettings) -> Path:

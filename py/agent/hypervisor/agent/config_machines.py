@@ -50,8 +50,8 @@ class LibvirtSection(Section):
     uri: str = pydantic.Field(default="qemu:///system", description="libvirt's connection URI.")
     data_dir: Path = pydantic.Field(
         default=Path("/var/lib/hypervisor/vms"),
-        description="Overlays, seeds and firmware variables of virtual machines; libvirt's QEMU must be able to "
-        "reach it.",
+        description="Overlays, seeds and firmware variables of virtual machines, this agent's alone; libvirt's QEMU "
+        "must be able to reach it.",
     )
 
 
@@ -89,7 +89,8 @@ class MicrovmSection(Section):
         description="Sockets and FIFOs; a short path that has to survive the agent, not the machine.",
     )
     data_dir: Path = pydantic.Field(
-        default=Path("/var/lib/hypervisor/microvms"), description="Disks, snapshots and jails of microVMs."
+        default=Path("/var/lib/hypervisor/microvms"),
+        description="Disks, snapshots and jails of microVMs, this agent's alone.",
     )
     probe_timeout: Duration = pydantic.Field(
         default=20.0,

@@ -1,4 +1,8 @@
-"""The agent's data directory: one agent at a time, and the node's id, made once and kept."""
+"""The agent's data directory: one agent at a time, and the node's id, made once and kept.
+
+The directories in which drivers of machines keep theirs are locked in the same way: two agents over one would adopt,
+and delete, each other's guests.
+"""
 
 import asyncio
 import fcntl
@@ -6,30 +10,28 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from hypervisor.agent.disk import Disk
 from hypervisor.core.errors import FailedPrecondition
 from hypervisor.core.ids import is_id
 
-__all__ = ["DataDirectory"]
+__all__ = ["DataDirectory", "LockedDirectory"]
 
 
-class DataDirectory:
-    """A locked directory. Entering it makes it where it is missing and raises FailedPrecondition:
-    ``DATA_DIR_UNUSABLE`` when it cannot be written, ``DATA_DIR_IN_USE`` while another agent holds it.
+class LockedDirectory:
+    """A directory of one agent. Entering it makes it where it is missing, with ``mode``, and raises FailedPrecondition:
+    ``DATA_DIR_UNUSABLE`` when it cannot be written, ``DATA_DIR_IN_USE`` while another agent holds it. ``setting`` is
+    what names it in the configuration.
     """
 
-    def __init__(self, path: Path, *, disk: Disk | None = None) -> None:
+    def __init__(self, path: Path, *, setting: str, mode: int = 0o700) -> None:
         self.path = path
-        self._disk = disk or Disk()
+        self._setting = setting
+        self._mode = mode
         self._lock_fd = -1
 
-    @property
-    def journal(self) -> Path:
-        """Where the journal lies."""
-        return self.path / "journal"
-
-    async def __aenter__(self) -> "DataDirectory":
+    async def __aenter__(self) -> Self:
         await asyncio.to_thread(self._acquire)
         return self
 
@@ -40,17 +42,13 @@ class DataDirectory:
             os.close(self._lock_fd)
             self._lock_fd = -1
 
-    async def node_id(self, new_id: Callable[[str], str]) -> str:
-        """This node's id; made with ``new_id`` the first time."""
-        return await asyncio.to_thread(self._node_id, new_id)
-
     def _acquire(self) -> None:
         try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.path.mkdir(mode=self._mode, parents=True, exist_ok=True)
             fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as exc:
             raise FailedPrecondition(
-                f"agent.data_dir {self.path} cannot be used: {exc.strerror}. Choose a directory the agent may write",
+                f"{self._setting} {self.path} cannot be used: {exc.strerror}. Choose a directory the agent may write",
                 reason="DATA_DIR_UNUSABLE",
                 metadata={"path": str(self.path)},
             ) from exc
@@ -59,12 +57,29 @@ class DataDirectory:
         except BlockingIOError as exc:
             os.close(fd)
             raise FailedPrecondition(
-                f"agent.data_dir {self.path} is in use by another agent: stop it, or give this one a directory "
+                f"{self._setting} {self.path} is in use by another agent: stop it, or give this one a directory "
                 "of its own",
                 reason="DATA_DIR_IN_USE",
                 metadata={"path": str(self.path)},
             ) from exc
         self._lock_fd = fd
+
+
+class DataDirectory(LockedDirectory):
+    """``agent.data_dir``."""
+
+    def __init__(self, path: Path, *, disk: Disk | None = None) -> None:
+        super().__init__(path, setting="agent.data_dir")
+        self._disk = disk or Disk()
+
+    @property
+    def journal(self) -> Path:
+        """Where the journal lies."""
+        return self.path / "journal"
+
+    async def node_id(self, new_id: Callable[[str], str]) -> str:
+        """This node's id; made with ``new_id`` the first time."""
+        return await asyncio.to_thread(self._node_id, new_id)
 
     def _node_id(self, new_id: Callable[[str], str]) -> str:
         path = self.path / "node_id"

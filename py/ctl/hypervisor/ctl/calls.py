@@ -60,9 +60,10 @@ def perform(
     """
     request.request_id = request.request_id or str(uuid.uuid4())
     waiting = not getattr(request, "no_wait", False)
-    attempt = 0
+    attempt = passed_over = 0
     while True:
         attempt += 1
+        server = session.server
         call = method.future(request, timeout=deadline.left_s(), metadata=session.metadata)
         try:
             return ensure_ended_well(_result(session, call, request.request_id, progress))
@@ -72,8 +73,15 @@ def perform(
         except DeadlineExceeded as exc:
             raise _with_operation(session, exc, request.request_id) from exc
         except Unavailable as exc:
-            if "operation_id" in exc.metadata or (attempt == 1 and was_never_sent(exc)):
+            if "operation_id" in exc.metadata:
                 raise
+            if attempt == 1 and was_never_sent(exc):
+                passed_over += 1
+                if passed_over >= session.servers:
+                    raise
+                session.advance(server)
+                attempt = 0
+                continue
             if exc.reason != "PEER_UNREACHABLE":  # the server refused it for now: nothing was recorded
                 if attempt >= _REFUSED_ATTEMPTS or not session.pause(attempt, exc, deadline):
                     raise
@@ -184,6 +192,7 @@ def _settle(session: Session, request_id: str, lost: Unavailable, deadline: Dead
         except NotFound:
             return None
         except (Unavailable, DeadlineExceeded) as exc:
+            # The pause goes on to another server, where there is one: what was recorded, each of them knows.
             if not session.pause(min(attempt, 4), exc, patience):
                 raise Unavailable(
                     f"the connection to the server {session.server} was lost before it answered, so the outcome is "

@@ -64,7 +64,9 @@ class EventStream:
 
     def __iter__(self) -> "Iterator[Event | Relist]":
         patience = Deadline(_BEST_EFFORT_S)
+        passed_over = 0
         while True:
+            server = self._session.server
             try:
                 yield from self._one_connection()
                 error: HypervisorError = Unavailable("it ended the stream", retry_after_s=0.2)
@@ -74,7 +76,11 @@ class EventStream:
                 continue
             except Unavailable as exc:
                 if not self._heard_from and was_never_sent(exc):
-                    raise
+                    passed_over += 1
+                    if passed_over >= self._session.servers:
+                        raise
+                    self._session.advance(server)
+                    continue
                 error = exc
             self._attempt += 1
             if self._attempt == 1:

@@ -8,6 +8,9 @@ words on the kernel's command line, which the kernel hands to init as variables:
 ``GUEST_IP=10.0.0.2/24``    address of the first network card.
 ``GUEST_ON_ERROR=panic``    panic when the shell or the command ends with an error; else the guest powers off.
 
+With ``reboot=k``, by which Firecracker's guests are booted, it resets itself in the place of powering off: there is no
+power to switch there, and the reset ends the VMM.
+
 The bytes of the RAM disk depend on its parts alone. Standard library only.
 """
 
@@ -23,6 +26,7 @@ from pathlib import Path
 from hypervisor.ctl.cpio import CpioWriter
 from hypervisor.ctl.kernel_modules import KernelModules
 from hypervisor.ctl.oci_image import BUSYBOX_APPLETS
+from hypervisor.ctl.vmlinux import extract_vmlinux
 
 __all__ = ["GUEST_MODULES", "Guest", "build_guest", "build_initrd", "find_kernel", "modules_of"]
 
@@ -91,7 +95,10 @@ if [ "$code" -ne 0 ] && [ "$GUEST_ON_ERROR" = panic ]; then
   echo "init: ended with $code"
   echo c > /proc/sysrq-trigger
 fi
-poweroff -f
+case " $(cat /proc/cmdline) " in
+  *" reboot=k "*) reboot -f ;;
+  *) poweroff -f ;;
+esac
 """
 _POWER_BUTTON = """\
 #!/bin/sh
@@ -107,6 +114,8 @@ class Guest:
 
     kernel: Path
     initrd: Path
+    vmlinux: Path | None = None
+    """The kernel as Firecracker boots it, where it was asked for."""
 
 
 def find_kernel(boot: Path = Path("/boot")) -> Path | None:
@@ -126,20 +135,30 @@ def modules_of(kernel: Path, root: Path = Path("/lib/modules")) -> Path:
 
 
 def build_guest(
-    out: Path, *, kernel: Path, modules: Path, busybox: Path, wanted: Sequence[str] = GUEST_MODULES
+    out: Path,
+    *,
+    kernel: Path,
+    modules: Path,
+    busybox: Path,
+    wanted: Sequence[str] = GUEST_MODULES,
+    vmlinux: bool = False,
 ) -> Guest:
     """Write ``vmlinuz`` and ``initrd.img`` to the directory ``out``, each whole or not at all; raises OSError.
 
     ``modules``: the directory of the kernel's modules. ``busybox``: a static one (Debian: busybox-static).
+    ``vmlinux``: write ``vmlinux`` too, the kernel unpacked.
     """
     initrd = build_initrd(KernelModules(modules), busybox.read_bytes(), wanted=wanted)
-    guest = Guest(out / "vmlinuz", out / "initrd.img")
+    unpacked = extract_vmlinux(kernel.read_bytes()) if vmlinux else b""
+    guest = Guest(out / "vmlinuz", out / "initrd.img", out / "vmlinux" if vmlinux else None)
 
     def copy(target: Path) -> None:
         shutil.copyfile(kernel, target)
 
     _write(guest.kernel, copy)
     _write(guest.initrd, lambda target: target.write_bytes(initrd))
+    if guest.vmlinux is not None:
+        _write(guest.vmlinux, lambda target: target.write_bytes(unpacked))
     return guest
 
 

@@ -101,10 +101,10 @@ def connected(command: F) -> F:
         [
             click.option(
                 "--server",
-                metavar="HOST:PORT",
+                metavar="HOST:PORT[,...]",
                 expose_value=False,
                 callback=_keep("server"),
-                help="Server to talk to, in place of the context's (HYPERVISOR_SERVER).",
+                help="Servers to talk to, separated by commas, in place of the context's (HYPERVISOR_SERVER).",
             ),
             click.option(
                 "--context",

@@ -1,4 +1,6 @@
-"""One connection to a server, for the length of one command: channel, stubs, deadlines, safe repeats of reads.
+"""The connection to the servers, for the length of one command: channel, stubs, deadlines, safe repeats of reads.
+
+One server is used at a time; where several are known, what fails is repeated on the next one.
 
 Everything that goes wrong comes out as an error of :mod:`hypervisor.core.errors`. Mutating calls belong to
 :mod:`hypervisor.ctl.calls`, which repeats them by request id.
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 import grpc
 
 from hypervisor.core.errors import Cancelled, DeadlineExceeded, HypervisorError, InvalidArgument, Unavailable
+from hypervisor.ctl.failover import Failover
 from hypervisor.ctl.settings import Connection
 
 if TYPE_CHECKING:
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["READ_TIMEOUT_S", "Deadline", "Session", "open_channel", "translated", "was_never_sent"]
 
 READ_TIMEOUT_S = 30.0
+_SILENCE_S = 5.0
+"""A server that has not answered a read for so long is left for another one, where there is another one."""
 _READ_ATTEMPTS = 3
 _LONGEST_WAIT_S = 5.0
 
@@ -79,9 +84,9 @@ class Session:
             channel.close()
 
     @cached_property
-    def channel(self) -> grpc.Channel:
+    def channel(self) -> Failover:
         """The channel, made at first use; it connects at the first call."""
-        return open_channel(self.connection)
+        return Failover(self.connection.servers, lambda server: open_channel(self.connection, server))
 
     @cached_property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -133,8 +138,17 @@ class Session:
 
     @property
     def server(self) -> str:
-        """Address of the server, for messages."""
-        return self.connection.server
+        """Address of the server in use, for messages."""
+        return self.channel.address
+
+    @property
+    def servers(self) -> int:
+        """How many servers are known."""
+        return len(self.connection.servers)
+
+    def advance(self, past: str) -> None:
+        """Use the server after ``past``, if that is still in use; the same one where no other is known."""
+        self.channel.advance(past)
 
     def read(
         self,
@@ -145,24 +159,44 @@ class Session:
     ) -> Response:
         """Call something that changes nothing; repeated a few times while the server says UNAVAILABLE.
 
-        A server that cannot even be connected to is an error at once.
+        A server that cannot even be connected to, or that says nothing, is left for the next one; when that is so of
+        all of them it is an error at once.
         """
         deadline = deadline or Deadline(READ_TIMEOUT_S)
-        for attempt in range(1, _READ_ATTEMPTS + 1):
+        attempt = passed_over = 0
+        while True:
+            others = self.servers - 1 - passed_over
+            left = deadline.left_s()
+            timeout_s = left if others <= 0 else _SILENCE_S if left is None else min(left, _SILENCE_S)
+            server = self.server
             try:
-                with translated(self.server):
-                    return method(request, timeout=deadline.left_s(), metadata=self.metadata)
-            except Unavailable as exc:
-                if attempt == _READ_ATTEMPTS or was_never_sent(exc) or not self.pause(attempt, exc, deadline):
+                with translated(server):
+                    return method(request, timeout=timeout_s, metadata=self.metadata)
+            except DeadlineExceeded:
+                if others <= 0 or not deadline.allows(0):
                     raise
-        raise AssertionError("the loop returns or raises")
+                passed_over += 1
+                self.advance(server)
+            except Unavailable as exc:
+                if was_never_sent(exc):
+                    if others <= 0:
+                        raise
+                    passed_over += 1
+                    self.advance(server)
+                    continue
+                attempt += 1
+                if attempt == _READ_ATTEMPTS or not self.pause(attempt, exc, deadline):
+                    raise
 
     def pause(self, attempt: int, error: HypervisorError, deadline: Deadline) -> bool:
-        """Wait before the attempt after number ``attempt``: False, at once, when the deadline forbids it."""
+        """Wait before the attempt after number ``attempt``, which is the next server's: False, at once, when the
+        deadline forbids it."""
         delay = max(min(0.1 * 2**attempt, 2.0) * (0.5 + self._rng.random() / 2), error.retry_after_s or 0.0)
         if delay > _LONGEST_WAIT_S or not deadline.allows(delay):
             return False
+        failed = error.metadata.get("peer", self.server).removeprefix("the server ")
         self.sleep(delay)
+        self.advance(failed)
         return True
 
 
@@ -203,25 +237,27 @@ def _closed_here(error: Cancelled) -> bool:
     return "channel closed" in error.message.lower() or "locally cancelled" in error.message.lower()
 
 
-def open_channel(connection: Connection) -> grpc.Channel:
-    """A channel for the connection. InvalidArgument (CONFIG_INVALID) where a certificate cannot be read."""
+def open_channel(connection: Connection, server: str) -> grpc.Channel:
+    """A channel to one of the connection's servers. InvalidArgument (CONFIG_INVALID): a certificate cannot be read."""
+    alone = len(connection.servers) == 1
     options: list[tuple[str, object]] = [
         ("grpc.primary_user_agent", "hypervisor-ctl"),
         ("grpc.service_config_disable_resolution", 1),
         ("grpc.max_receive_message_length", 64 << 20),
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
+        # A server that hangs is noticed while a call waits for it, sooner where another one can take its place.
+        ("grpc.keepalive_time_ms", 30_000 if alone else 6_000),
+        ("grpc.keepalive_timeout_ms", 10_000 if alone else 3_000),
         # A killed server is noticed by the calls that wait; they connect again soon, not after a minute.
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.min_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 2_000),
     ]
-    host = connection.server.rpartition(":")[0]
-    if host in ("127.0.0.1", "localhost", "[::1]") or connection.server.startswith("unix:"):
+    host = server.rpartition(":")[0]
+    if host in ("127.0.0.1", "localhost", "[::1]") or server.startswith("unix:"):
         options.append(("grpc.enable_http_proxy", 0))
     tls = connection.tls
     if tls is None:
-        return grpc.insecure_channel(connection.server, options=options)
+        return grpc.insecure_channel(server, options=options)
     if tls.server_name:
         options.append(("grpc.ssl_target_name_override", tls.server_name))
     credentials = grpc.ssl_channel_credentials(
@@ -229,7 +265,7 @@ def open_channel(connection: Connection) -> grpc.Channel:
         private_key=_pem("key_file", tls.key_file),
         certificate_chain=_pem("cert_file", tls.cert_file),
     )
-    return grpc.secure_channel(connection.server, credentials, options=options)
+    return grpc.secure_channel(server, credentials, options=options)
 
 
 def _pem(key: str, path: str | None) -> bytes | None:

@@ -1,4 +1,4 @@
-"""The configuration file: named contexts, each a server with what is needed to talk to it.
+"""The configuration file: named contexts, each the servers of a cluster with what is needed to talk to them.
 
 ``~/.config/hypervisor/ctl.yaml`` (below ``XDG_CONFIG_HOME`` where that is set), or the file that
 ``HYPERVISOR_CTL_CONFIG`` names::
@@ -6,7 +6,7 @@
     current: lab
     contexts:
       lab:
-        server: lab-1.example:50051
+        server: [lab-1.example:50051, lab-2.example:50051]
         tls: {ca_file: /etc/hypervisor/ca.pem, cert_file: me.pem, key_file: me.key, server_name: lab}
         token_file: ~/.config/hypervisor/lab.token
 
@@ -48,7 +48,10 @@ class Tls(NamedTuple):
 
 
 class Context(NamedTuple):
-    """One server. ``tls`` None: without encryption, for loopback and trusted networks only."""
+    """A cluster. ``server``: its servers, ``HOST:PORT`` separated by commas.
+
+    ``tls`` None: without encryption, for loopback and trusted networks only.
+    """
 
     server: str
     tls: Tls | None = None
@@ -77,13 +80,19 @@ class Settings(NamedTuple):
 
 
 class Connection(NamedTuple):
-    """Where to and how, after flags, environment and contexts have been weighed."""
+    """Where to and how, after flags, environment and contexts have been weighed. ``server``: one or several addresses,
+    separated by commas."""
 
     server: str
     tls: Tls | None
     token: str | None
     context: str | None
     """The context it came from; None for an address given directly, or the default one."""
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """The addresses, in the order in which they are tried."""
+        return tuple(filter(None, (address.strip() for address in self.server.split(",")))) or (self.server,)
 
 
 def config_path(environ: Mapping[str, str]) -> Path:
@@ -224,7 +233,10 @@ class _Reader:
             tls = Tls(**{key: self._text(f"{where}.tls.{key}", value) for key, value in files.items()})
             if (tls.cert_file is None) != (tls.key_file is None):
                 self._wrong(f"{where}.tls", "cert_file and key_file go together: give both or neither")
-        server = self._text(f"{where}.server", keys.get("server"))
+        given = keys.get("server")
+        if isinstance(given, list) and all(isinstance(address, str) for address in given):
+            given = ",".join(given)
+        server = self._text(f"{where}.server", given)
         if not server:
             self._wrong(f"{where}.server", "is required: give HOST:PORT")
         return Context(

@@ -25,6 +25,7 @@ RECORD = Record(
     epoch=2,
     name="box",
     project="default",
+    home="/d",
     accelerator="qemu",
     files=("a.kernel",),
 )
@@ -48,7 +49,7 @@ SMALLEST = """\
   <title>default/box</title>
   <metadata>
     <hypervisor:instance id="i-1" generation="3" epoch="2" name="box" \
-project="default" files="a.kernel" image="" disk="no" uefi="no" accelerator="qemu" accelerator-reason="" />
+project="default" home="/d" files="a.kernel" image="" disk="no" uefi="no" accelerator="qemu" accelerator-reason="" />
   </metadata>
   <memory unit="MiB">256</memory>
   <currentMemory unit="MiB">256</currentMemory>

@@ -25,6 +25,7 @@ RECORDS = st.builds(
     epoch=st.integers(1, 1 << 40),
     name=TEXT,
     project=TEXT,
+    home=TEXT,
     files=st.lists(NAMES, max_size=3).map(tuple),
     image=st.just("") | NAMES,
     has_disk=st.booleans(),

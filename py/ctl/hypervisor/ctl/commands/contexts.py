@@ -76,7 +76,7 @@ def use(invocation: Invocation, *, name: str) -> None:
 
 @context.command("set")
 @_name
-@click.option("--server", metavar="HOST:PORT", help="Address of the server.")
+@click.option("--server", metavar="HOST:PORT[,...]", help="Addresses of the servers; any of them will do.")
 @click.option("--token", metavar="TOKEN", help="Bearer token, kept in the file. Better: --token-file.")
 @click.option("--token-file", metavar="FILE", help="File that holds the bearer token.")
 @click.option("--tls/--no-tls", default=None, help="With or without TLS; the options below mean --tls.")

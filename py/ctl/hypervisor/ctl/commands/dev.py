@@ -394,6 +394,9 @@ _file = click.Path(path_type=Path, dir_okay=False, exists=True)
     help="The kernel's modules. Default: /lib/modules/ and the kernel's release.",
 )
 @click.option("--busybox", metavar="FILE", type=_file, help="A static busybox. Default: /bin/busybox.")
+@click.option(
+    "--vmlinux", is_flag=True, help="Also write the kernel unpacked (ELF), as Firecracker boots it."
+)
 @_directory
 @pass_invocation
 def guest(
@@ -403,6 +406,7 @@ def guest(
     kernel: Path | None,
     modules: Path | None,
     busybox: Path | None,
+    vmlinux: bool,
     directory: Path | None,
 ) -> None:
     """Make a small Linux guest for virtual machines and microVMs: a kernel and an initial RAM disk with busybox.
@@ -431,7 +435,9 @@ def guest(
     target = out or Layout(_root(invocation, directory)).images / "guest"
     try:
         target.mkdir(parents=True, exist_ok=True)
-        made = guest_image.build_guest(target.absolute(), kernel=kernel, modules=modules, busybox=busybox)
+        made = guest_image.build_guest(
+            target.absolute(), kernel=kernel, modules=modules, busybox=busybox, vmlinux=vmlinux
+        )
     except OSError as exc:
         where = f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc)
         raise FailedPrecondition(
@@ -440,3 +446,5 @@ def guest(
             metadata={"kernel": str(kernel), "modules": str(modules), "out": str(target)},
         ) from exc
     write(f"kernel {made.kernel}\ninitrd {made.initrd}")
+    if made.vmlinux is not None:
+        write(f"vmlinux {made.vmlinux}")

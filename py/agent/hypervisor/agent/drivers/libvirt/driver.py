@@ -54,7 +54,7 @@ class LibvirtDriver:
         self._config = config
         self._clock = clock
         self._connection = Connection(config.uri, listener=self._on_event)
-        self._machines = Machines(self._connection)
+        self._machines = Machines(self._connection, home=config.data_dir)
         self._fifos = PipeFifos(config.consoles, buffer_bytes=config.console_buffer_bytes)
         self._tracker = Tracker(self._machines, self._fifos, clock=clock, uri=config.uri)
         self._builder = Builder(config, self._machines, self._fifos)
@@ -94,6 +94,7 @@ class LibvirtDriver:
             epoch=assignment.epoch,
             name=assignment.name,
             project=assignment.project,
+            home=self._machines.home,
             files=sources.files,
             image=sources.image,
             has_disk=sources.has_disk,

@@ -3,6 +3,7 @@
 import libvirt
 
 from hypervisor.core.errors import (
+    AlreadyExists,
     FailedPrecondition,
     HypervisorError,
     NotFound,
@@ -12,7 +13,7 @@ from hypervisor.core.errors import (
 )
 from hypervisor.core.names import shorten
 
-__all__ = ["connection_is_lost", "instance_not_found", "is_missing", "translated"]
+__all__ = ["connection_is_lost", "domain_not_ours", "instance_not_found", "is_missing", "translated"]
 
 _LOST = frozenset({libvirt.VIR_ERR_NO_CONNECT, libvirt.VIR_ERR_INVALID_CONN, libvirt.VIR_ERR_AUTH_FAILED})
 _REMOTE = frozenset({libvirt.VIR_FROM_RPC, libvirt.VIR_FROM_REMOTE})
@@ -37,6 +38,16 @@ def instance_not_found(instance_id: str, uri: str) -> NotFound:
     return NotFound(
         f"libvirt at {uri} has no instance {instance_id}",
         reason="INSTANCE_NOT_FOUND",
+        metadata={"instance_id": instance_id},
+    )
+
+
+def domain_not_ours(instance_id: str) -> AlreadyExists:
+    """libvirt has a domain of this name that another agent, or somebody else, has made (``DOMAIN_NOT_OURS``)."""
+    return AlreadyExists(
+        f"libvirt has a domain {instance_id} that is not this agent's: remove it where it belongs, or with virsh "
+        "undefine",
+        reason="DOMAIN_NOT_OURS",
         metadata={"instance_id": instance_id},
     )
 

@@ -3,16 +3,20 @@
 All raise what :meth:`Connection.query` and :meth:`Connection.act` raise; ``NotFound`` (``INSTANCE_NOT_FOUND``) where
 there is no such domain. What is recorded with a domain is in its stored definition alone, so that it is the same
 whether the domain runs or not.
+
+Several agents may use one libvirt. A domain is ours when its record names our ``home``, the driver's data directory;
+one of another agent, or of anybody else, is neither seen nor touched.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import libvirt
 import structlog
 
 from hypervisor.agent.drivers.libvirt.connection import Connection
-from hypervisor.agent.drivers.libvirt.failures import is_missing
+from hypervisor.agent.drivers.libvirt.failures import domain_not_ours, is_missing
 from hypervisor.agent.drivers.libvirt.observing import DomainState, Phase
 from hypervisor.agent.drivers.libvirt.record import METADATA_KEY, METADATA_URI, Record
 
@@ -44,8 +48,9 @@ class Found:
 class Machines:
     """See the module's docstring."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, *, home: Path) -> None:
         self._connection = connection
+        self.home = str(home.absolute())
 
     async def versions(self) -> tuple[str, str]:
         """Of libvirt and of its hypervisor (QEMU), such as ``9.0.0``; asked of the daemon, so proof that it answers."""
@@ -73,7 +78,7 @@ class Machines:
 
         def ask(connection: Any) -> Found | None:
             try:
-                return _found(connection.lookupByName(instance_id))
+                return self._ours(connection.lookupByName(instance_id))
             except libvirt.libvirtError as exc:
                 if is_missing(exc):
                     return None
@@ -88,7 +93,7 @@ class Machines:
             listed = []
             for domain in connection.listAllDomains(0):
                 try:
-                    found = _found(domain)
+                    found = self._ours(domain)
                 except ValueError as exc:
                     _log.warning("domain_record_unreadable", domain=domain.name(), error=str(exc))
                 except libvirt.libvirtError as exc:
@@ -103,12 +108,21 @@ class Machines:
         return await self._connection.query(ask, what="list virtual machines")
 
     async def define(self, instance_id: str, document: str) -> None:
-        """Store a definition, in the place of an earlier one."""
-        await self._connection.act(
-            lambda c: c.defineXMLFlags(document, libvirt.VIR_DOMAIN_DEFINE_VALIDATE) and None,
-            what=f"define {instance_id}",
-            instance_id=instance_id,
-        )
+        """Store a definition, in the place of an earlier one of ours. ``AlreadyExists`` (``DOMAIN_NOT_OURS``) where
+        somebody else has a domain of this name."""
+
+        def act(connection: Any) -> None:
+            try:
+                ours = self._ours(connection.lookupByName(instance_id)) is not None
+            except libvirt.libvirtError as exc:
+                if not is_missing(exc):
+                    raise
+            else:
+                if not ours:
+                    raise domain_not_ours(instance_id)
+            connection.defineXMLFlags(document, libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
+
+        await self._connection.act(act, what=f"define {instance_id}", instance_id=instance_id)
 
     async def undefine(self, instance_id: str) -> bool:
         """Remove the definition with firmware variables, saved memory and what is known of snapshots; whether there
@@ -117,6 +131,8 @@ class Machines:
         def act(connection: Any) -> bool:
             try:
                 domain = connection.lookupByName(instance_id)
+                if self._ours(domain) is None:
+                    return False
                 try:
                     domain.undefineFlags(_UNDEFINE_FLAGS)
                 except libvirt.libvirtError as exc:
@@ -196,6 +212,10 @@ class Machines:
         return await self._domain(
             instance_id, what, function, timeout_s=_MEMORY_TIMEOUT_S if slow else _START_TIMEOUT_S
         )
+
+    def _ours(self, domain: Any) -> Found | None:
+        found = _found(domain)
+        return found if found is not None and found.record.home == self.home else None
 
     async def _domain(self, instance_id: str, what: str, function: Any, *, timeout_s: float = 55.0) -> Any:
         return await self._connection.act(

@@ -36,6 +36,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int
     name: str
     project: str
+    home: str = ""
+    """The driver's data directory: whose the domain is where several agents use one libvirt."""
     files: tuple[str, ...] = ()
     """Names of the files of the node's cache that it uses."""
     image: str = ""
@@ -71,6 +73,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
             "epoch": str(self.epoch),
             "name": self.name,
             "project": self.project,
+            "home": self.home,
             "files": " ".join(self.files),
             "image": self.image,
             "disk": _word(self.has_disk),
@@ -114,6 +117,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
                 epoch=int(values["epoch"]),
                 name=values["name"],
                 project=values["project"],
+                home=values["home"],
                 files=tuple(values["files"].split()),
                 image=values["image"],
                 has_disk=values["disk"] == "yes",

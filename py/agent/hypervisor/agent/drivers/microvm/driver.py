@@ -219,7 +219,10 @@ class MicrovmDriver:
         return observation
 
     async def _end_politely(self, live: Live, process: VmmProcess) -> None:
-        while await self._asked(live):
+        heard = True
+        while heard:
+            # One that does not answer may be about to end: its socket goes before it does.
+            heard = await self._asked(live)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(ASK_AGAIN_S):
                     await process.wait()

@@ -47,14 +47,15 @@ def end_of_run(
     now: datetime,
     earlier_boot: bool = False,
 ) -> RunEnd:
-    """How a run ended, from what its VMM makes of it and what the driver knows. ``forced``: the driver killed it.
+    """How a run ended, from what its VMM makes of it and what the driver knows. ``forced``: the driver sent a SIGKILL,
+    which one that ended by itself in the same moment did not get.
     ``earlier_boot``: it was a run before the node's restart."""
     exit_code, message = end.exit_code, end.message
     if suspended:
         reason, message = "SUSPENDED", "its memory is on disk: the next start goes on from there"
     elif earlier_boot and end.crashed:
         reason, message = "NODE_RESTARTED", "the node was restarted while it ran"
-    elif forced:
+    elif forced and (end.crashed or exit_code is None):
         reason, message = "KILLED", "it was ended by force as asked"
         exit_code = _KILLED if exit_code is None else exit_code
     elif not end.crashed:
