@@ -105,7 +105,7 @@ def check_movable(instance: Instance, node: Node | None) -> None:
             f"instance {instance.name} is being deleted", reason="INSTANCE_DELETING", metadata=metadata
         )
     if instance.move is not None:
-        other = instance.move.other(instance.node_id)[0]
+        other = instance.move.elsewhere[0]
         raise Conflict(
             f"what its last move left of instance {instance.name} on node {other} is not removed yet, which goes on "
             "as soon as that node answers: try again then",
@@ -254,7 +254,7 @@ def copy_elsewhere(instance: Instance) -> Instance:
     """The copy of a moving instance that is not (or not yet) the instance: as its node is to be told of it."""
     if instance.move is None:
         raise ValueError(f"instance {instance.id} does not move")
-    node_id, epoch = instance.move.other(instance.node_id)
+    node_id, epoch = instance.move.elsewhere
     return structs.replace(instance, node_id=node_id, epoch=epoch)
 
 
@@ -388,7 +388,7 @@ def forget_leftover(draft: Draft, instance_id: str, *, started_at: datetime) -> 
     instance = found.value
     if instance.move is None or instance.move.started_at != started_at:
         return False
-    give_back(draft, instance.move.other(instance.node_id)[0], instance.move.held)
+    give_back(draft, instance.move.elsewhere[0], instance.move.held)
     draft.put(keys.instance(instance_id), structs.replace(instance, move=None, updated_at=draft.now))
     return True
 
