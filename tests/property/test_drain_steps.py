@@ -14,7 +14,8 @@ from hypervisor.core.states import DesiredState, InstanceStatus, InstanceType, O
 from hypervisor.server.draining.budgets import available, covers, standing
 from hypervisor.server.draining.records import Budget, DrainKind, DrainOrder, DrainRecord
 from hypervisor.server.draining.stepping import Situation, StartMove, StopByForce, step
-from hypervisor.server.moving import NoLiveMoves, plan_strategy
+from hypervisor.server.live_moves import NoLiveMoves
+from hypervisor.server.moving import plan_strategy
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 S = InstanceStatus

@@ -29,6 +29,7 @@ from hypervisor.server import keys
 from hypervisor.server.agents import Agents
 from hypervisor.server.control_plane import ControlPlane, ControlPlaneSettings, ImageSettings
 from hypervisor.server.executor import ExecutorSettings
+from hypervisor.server.live_moves import LiveMoves
 from hypervisor.server.reconcile.loop import ReconcilerSettings
 from hypervisor.server.reconcile.node_loop import NodeReconcilerSettings
 from hypervisor.server.scheduler.default import DefaultScheduler
@@ -88,6 +89,7 @@ async def control_plane(
     clock: Clock | None = None,
     change: Callable[[ControlPlaneSettings], ControlPlaneSettings] = lambda s: s,
     server_id: str = "s-1",
+    live: LiveMoves | None = None,
 ) -> AsyncIterator[ControlPlane]:
     """A server that runs inside the context. Leaving it cancels it, as a crash does (its lease is left to end)."""
     plane = ControlPlane(
@@ -98,6 +100,7 @@ async def control_plane(
         new_id=new_id,
         rng=random.Random(1),
         settings=change(settings(server_id)),
+        live=live,
     )
     running = asyncio.create_task(plane.run(), name=server_id)
     try:

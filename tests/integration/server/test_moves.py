@@ -27,10 +27,10 @@ from hypervisor.core.errors import (
     NotFound,
     ResourceExhausted,
 )
-from hypervisor.core.model import Instance
+from hypervisor.core.model import Instance, Node, Observation
 from hypervisor.core.moves import MovePhase, MovePolicy, MoveStrategy
 from hypervisor.core.states import InstanceStatus, InstanceType, NodeStatus, OperationState
-from hypervisor.server.agents import CallContext
+from hypervisor.server.agents import Agent, CallContext
 from hypervisor.server.control_plane import ControlPlane
 from hypervisor.server.services import Caller, InstanceRef, MoveOrder, StopOptions
 from hypervisor.server.store.memory import MemoryStorage
@@ -467,3 +467,52 @@ async def test_a_copy_of_a_failed_move_that_turns_up_later_is_not_taken_for_the_
         assert unexpected == (c.web.id,)
         assert (c.web.node_id, c.web.epoch) == (c.old, 1)
         assert await c.reserved() == {c.old: 1, c.new: 0}
+
+
+class MemoryMoves:
+    """Takes instances of agents in memory along. ``fails``: once, after it has begun on the target."""
+
+    def __init__(self) -> None:
+        self.fails = False
+        self.moved: list[str] = []
+
+    def why_not(self, instance: Instance, source: Node | None) -> str:
+        return "" if instance.type is InstanceType.VM else "only machines can"
+
+    async def move(
+        self, instance: Instance, copy: Instance, source: Agent, target: Agent, context: CallContext
+    ) -> Observation:
+        seen = await target.create(copy, context, start=True)
+        if self.fails:
+            self.fails = False
+            raise Internal("the connection between the nodes broke")
+        await source.delete(instance, context, grace_s=0.0)
+        self.moved.append(instance.id)
+        return seen
+
+
+async def test_a_machine_is_taken_along_live_where_that_can_be_done_or_goes_on_where_it_was(
+    memory: Storage,
+) -> None:
+    agents, live = MemoryAgents(), MemoryMoves()
+    async with (
+        control_plane(memory, agents, live=live) as plane,
+        add_node(plane, registration("node-1")) as old,
+    ):
+        plain = draft("web", disk_gb=2)
+        spec = structs.replace(plain.spec, image="/srv/web.raw")
+        await plane.instances.create(replace(plain, type=InstanceType.VM, spec=spec), mutation())
+        async with add_node(plane, registration("node-2")) as new:
+            c = Cluster(plane, agents, memory, old, new)
+            live.fails = True
+            with pytest.raises(HypervisorError):
+                await c.move()
+            assert (c.web.node_id, c.web.epoch, c.web.status) == (old, 1, InstanceStatus.RUNNING)
+            assert c.agent(new).holds() == set()
+
+            await c.move()
+
+            assert live.moved == [c.web.id]
+            assert (c.web.node_id, c.web.epoch, c.web.status) == (new, 3, InstanceStatus.RUNNING)
+            assert (c.agent(old).holds(), c.agent(new).holds()) == (set(), {c.web.id})
+            assert await c.reserved() == {old: 0, new: 1}

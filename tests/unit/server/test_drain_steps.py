@@ -13,7 +13,8 @@ from hypervisor.core.states import DesiredState, InstanceStatus, InstanceType, N
 from hypervisor.server.draining.budgets import available, standing
 from hypervisor.server.draining.records import Budget, DrainKind, DrainOrder, DrainRecord, Trouble
 from hypervisor.server.draining.stepping import Situation, StartMove, StopByForce, failed_attempt, step
-from hypervisor.server.moving import NoLiveMoves, plan_strategy
+from hypervisor.server.live_moves import NoLiveMoves
+from hypervisor.server.moving import plan_strategy
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 S = InstanceStatus
@@ -253,6 +254,7 @@ def test_a_budget_keeps_a_single_copy_by_replacing_it_and_refuses_to_stop_it() -
         (CONTAINER, "never", MoveStrategy.REPLACE),
         (MICROVM, "never", MoveStrategy.REPLACE),
         (VM, "", MoveStrategy.LIVE),
+        (MICROVM, "", MoveStrategy.LIVE),
         (VM, "not here", MoveStrategy.STOP),
     ],
 )
@@ -260,6 +262,16 @@ def test_each_type_has_its_way(kind: InstanceType, refused: str, strategy: MoveS
     policy = MovePolicy(allow_disk_loss=True)
 
     assert plan_strategy(instance(type=kind), policy, live_refused=refused) is strategy
+
+
+def test_what_does_not_run_has_no_memory_to_take_along() -> None:
+    policy = MovePolicy(allow_disk_loss=True)
+
+    assert plan_strategy(instance(status=S.STOPPED, type=VM), policy, live_refused="") is MoveStrategy.STOP
+    with pytest.raises(FailedPrecondition, match="no memory to take along"):
+        plan_strategy(
+            instance(status=S.STOPPED, type=VM), MovePolicy(strategy=MoveStrategy.LIVE), live_refused=""
+        )
 
 
 def test_a_machine_without_a_disk_loses_nothing() -> None:

@@ -236,7 +236,7 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     @property
     def holds_elsewhere(self) -> tuple[str, Resources] | None:
         """What is reserved for it on a node besides its own (node id, amount), while it moves."""
-        return None if self.move is None else (self.move.other(self.node_id)[0], self.move.held)
+        return None if self.move is None else (self.move.elsewhere[0], self.move.held)
 
     @property
     def holds(self) -> Resources:

@@ -94,8 +94,9 @@ class MoveRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     asked_target: bool = False
     """Whether the target may have been asked for a copy, so that something may be there."""
 
-    def other(self, node_id: str) -> tuple[str, int]:
-        """Node and epoch of the copy that is not the one on ``node_id``."""
-        if node_id == self.source:
-            return self.target, self.target_epoch
-        return self.source, self.source_epoch
+    @property
+    def elsewhere(self) -> tuple[str, int]:
+        """Node and epoch of the copy that is not the instance: what ``held`` is held for."""
+        if self.phase is MovePhase.CLEANING:
+            return self.source, self.source_epoch
+        return self.target, self.target_epoch

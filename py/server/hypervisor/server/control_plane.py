@@ -26,9 +26,9 @@ from hypervisor.server.images.store import ImageStore
 from hypervisor.server.images.uploads import Uploads
 from hypervisor.server.instances import InstanceService
 from hypervisor.server.ledger import AllocationRules, Ledger
+from hypervisor.server.live_moves import LiveMoves, NoLiveMoves
 from hypervisor.server.membership import Membership
 from hypervisor.server.moves import MoveService
-from hypervisor.server.moving import NoLiveMoves
 from hypervisor.server.node_facts import ServerFacts
 from hypervisor.server.nodes import NodeService
 from hypervisor.server.operations import OperationService, Waiters
@@ -87,8 +87,10 @@ class ControlPlane:
         new_id: IdSource,
         rng: random.Random,
         settings: ControlPlaneSettings,
+        live: LiveMoves | None = None,
     ) -> None:
         server_id = settings.server_id
+        live = live or NoLiveMoves()
         self.view = StoreView(storage, clock, settings=settings.view)
         self.committer = GroupCommitter(storage, self.view, clock, rng=rng)
         images = settings.images
@@ -106,6 +108,7 @@ class ControlPlane:
             rng=rng,
             images=ImageSources(self.view, self.committer).of,
             settings=settings.executor,
+            live=live,
         )
         operations = OperationService(
             self.view,
@@ -163,7 +166,7 @@ class ControlPlane:
             operations,
             placer,
             clock,
-            live=NoLiveMoves(),
+            live=live,
             resolve_node=lambda name: nodes.resolve(name).value.id,
         )
         drains = DrainKeeper(

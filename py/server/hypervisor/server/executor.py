@@ -31,6 +31,7 @@ from hypervisor.server import keys, outcomes
 from hypervisor.server.agents import Agent, Agents, CallContext
 from hypervisor.server.committer import Decided, GroupCommitter, Lane
 from hypervisor.server.drafts import Decision, Draft
+from hypervisor.server.live_moves import LiveMoves, NoLiveMoves
 from hypervisor.server.moving import copy_elsewhere, forget_leftover
 from hypervisor.server.moving_drive import MoveDriver
 from hypervisor.server.operations import Waiters
@@ -105,6 +106,7 @@ class OperationExecutor:
         rng: random.Random,
         images: ImagesOf,
         settings: ExecutorSettings | None = None,
+        live: LiveMoves | None = None,
     ) -> None:
         self._view = view
         self._committer = committer
@@ -127,6 +129,7 @@ class OperationExecutor:
             images=images,
             delays=lambda: self._settings.backoff.delays(self._rng),
             record=self._end,
+            live=live or NoLiveMoves(),
             cleanup_s=self._settings.cleanup_s,
         )
 

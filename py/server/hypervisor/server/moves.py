@@ -11,7 +11,8 @@ from hypervisor.server.committer import Decided, GroupCommitter, Lane
 from hypervisor.server.drafts import Draft
 from hypervisor.server.executor import OperationExecutor
 from hypervisor.server.instances import enter_terms_of
-from hypervisor.server.moving import LiveMoves, begin_move
+from hypervisor.server.live_moves import LiveMoves
+from hypervisor.server.moving import begin_move
 from hypervisor.server.operations import OperationService
 from hypervisor.server.placement import Placer, order_of
 from hypervisor.server.placement_terms import UNREGISTERED

@@ -21,6 +21,7 @@ from hypervisor.core.moves import MovePhase, MovePolicy, MoveRecord, MoveStrateg
 from hypervisor.core.states import DesiredState, InstanceStatus, InstanceType, NodeStatus
 from hypervisor.server import keys
 from hypervisor.server.drafts import Draft
+from hypervisor.server.live_moves import LiveMoves
 from hypervisor.server.observations import settle
 from hypervisor.server.outcomes import driven_operation, end_operation
 from hypervisor.server.placement import Placer, check_same_request, give_back
@@ -28,8 +29,6 @@ from hypervisor.server.services import InstanceRef, MoveOrder
 from hypervisor.server.verbs import check_version, find_instance, node_unreachable
 
 __all__ = [
-    "LiveMoves",
-    "NoLiveMoves",
     "advance",
     "begin_move",
     "check_movable",
@@ -45,23 +44,6 @@ __all__ = [
 ]
 
 _MOVABLE = frozenset({InstanceStatus.RUNNING, InstanceStatus.STOPPED, InstanceStatus.FAILED})
-
-
-class LiveMoves:
-    """What takes the memory of running machines along. A driver's power; see :class:`NoLiveMoves`."""
-
-    def why_not(self, instance: Instance, source: Node | None) -> str:
-        """Why the instance cannot be moved while it runs, in half a sentence; empty where it can."""
-        raise NotImplementedError
-
-
-class NoLiveMoves(LiveMoves):
-    """No driver of this version can."""
-
-    def why_not(self, instance: Instance, source: Node | None) -> str:
-        if instance.type is InstanceType.CONTAINER:
-            return "containers cannot be moved while they run: use replace"
-        return f"no driver of this version takes the memory of a running {instance.type.value} along"
 
 
 def what_is_lost(instance: Instance) -> str:
@@ -81,6 +63,8 @@ def plan_strategy(instance: Instance, policy: MovePolicy, *, live_refused: str) 
     ``live_refused``: why it cannot be moved while it runs; empty where it can.
     """
     strategy = policy.strategy
+    if instance.status is not InstanceStatus.RUNNING:
+        live_refused = f"it is {instance.status.value}, so there is no memory to take along"
     if strategy is MoveStrategy.LIVE and live_refused:
         raise FailedPrecondition(
             f"instance {instance.name} cannot be moved live: {live_refused}",
@@ -89,7 +73,7 @@ def plan_strategy(instance: Instance, policy: MovePolicy, *, live_refused: str) 
         )
     if strategy is MoveStrategy.AUTO:
         match instance.type:
-            case InstanceType.VM if not live_refused:
+            case InstanceType.VM | InstanceType.MICROVM if not live_refused:
                 strategy = MoveStrategy.LIVE
             case InstanceType.VM:
                 strategy = MoveStrategy.STOP
@@ -121,7 +105,7 @@ def check_movable(instance: Instance, node: Node | None) -> None:
             f"instance {instance.name} is being deleted", reason="INSTANCE_DELETING", metadata=metadata
         )
     if instance.move is not None:
-        other = instance.move.other(instance.node_id)[0]
+        other = instance.move.elsewhere[0]
         raise Conflict(
             f"what its last move left of instance {instance.name} on node {other} is not removed yet, which goes on "
             "as soon as that node answers: try again then",
@@ -270,7 +254,7 @@ def copy_elsewhere(instance: Instance) -> Instance:
     """The copy of a moving instance that is not (or not yet) the instance: as its node is to be told of it."""
     if instance.move is None:
         raise ValueError(f"instance {instance.id} does not move")
-    node_id, epoch = instance.move.other(instance.node_id)
+    node_id, epoch = instance.move.elsewhere
     return structs.replace(instance, node_id=node_id, epoch=epoch)
 
 
@@ -404,7 +388,7 @@ def forget_leftover(draft: Draft, instance_id: str, *, started_at: datetime) -> 
     instance = found.value
     if instance.move is None or instance.move.started_at != started_at:
         return False
-    give_back(draft, instance.move.other(instance.node_id)[0], instance.move.held)
+    give_back(draft, instance.move.elsewhere[0], instance.move.held)
     draft.put(keys.instance(instance_id), structs.replace(instance, move=None, updated_at=draft.now))
     return True
 

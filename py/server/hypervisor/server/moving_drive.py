@@ -19,7 +19,6 @@ from hypervisor.core.errors import (
     HypervisorError,
     Internal,
     Unavailable,
-    Unimplemented,
 )
 from hypervisor.core.images import ImageSource
 from hypervisor.core.model import Instance, Observation, OperationRecord
@@ -30,6 +29,7 @@ from hypervisor.server.agents import Agent, Agents, CallContext
 from hypervisor.server.committer import GroupCommitter, Lane
 from hypervisor.server.drafts import Decision
 from hypervisor.server.failures import error_of
+from hypervisor.server.live_moves import LiveMoves
 from hypervisor.server.outcomes import TAKEN_OVER
 from hypervisor.server.verbs import node_unreachable
 
@@ -75,6 +75,7 @@ class MoveDriver:
         images: Callable[[Instance], tuple[ImageSource, ...]],
         delays: Callable[[], Iterator[float]],
         record: Recorder,
+        live: LiveMoves,
         cleanup_s: float,
     ) -> None:
         self._committer = committer
@@ -84,6 +85,7 @@ class MoveDriver:
         self._images = images
         self._delays = delays
         self._record = record
+        self._live = live
         self._cleanup_s = cleanup_s
 
     async def drive(self, operation_id: str, cancel: asyncio.Future[None], *, request_id: str) -> None:
@@ -163,10 +165,22 @@ class MoveDriver:
                     epoch=move.target_epoch,
                 )
             case MovePhase.MIGRATING:
-                raise Unimplemented(
-                    f"instance {instance.name} cannot be moved live: no driver of this version can",
-                    reason="LIVE_MOVE_UNAVAILABLE",
+                copy = moving.copy_elsewhere(instance)
+                await self._commit(
+                    moving.advance,
+                    job.operation_id,
+                    asked_target=True,
+                    message="taking its memory along",
+                    percent=50,
                 )
+                source = self._agent(instance)
+                reply = await self._ask(
+                    job,
+                    copy,
+                    lambda agent, context: self._live.move(instance, copy, source, agent, context),
+                    until=until,
+                )
+                await self._commit(moving.switch, job.operation_id, reply)
 
     async def _proven(
         self, job: _Job, copy: Instance, move: MoveRecord, seen: Observation, *, until: datetime
@@ -253,6 +267,12 @@ class MoveDriver:
         return True
 
     # --- asking
+
+    def _agent(self, copy: Instance) -> Agent:
+        node = self._committer.find(keys.node(copy.node_id))
+        if node is None or node.value.status is NodeStatus.OFFLINE:
+            raise node_unreachable(copy, node.value if node else None)
+        return self._agents.agent(node.value)
 
     async def _look(self, job: _Job, copy: Instance, *, until: datetime) -> Observation | None:
         """The copy as its node sees it; None where the node does not have it."""

@@ -217,7 +217,7 @@ def fold_observation(draft: Draft, *, node_id: str, seen: Observation, authorita
     """Take in what a node's agent saw; returns whether the node should have the instance."""
     found = draft.get(keys.instance(seen.instance_id))
     if found is not None and found.value.move is not None:
-        elsewhere = (node_id, seen.epoch) == found.value.move.other(found.value.node_id)
+        elsewhere = (node_id, seen.epoch) == found.value.move.elsewhere
         if elsewhere:
             return True  # a copy that a move has made, or is to remove
     if found is None or found.value.epoch > seen.epoch:

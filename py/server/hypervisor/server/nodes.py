@@ -163,7 +163,7 @@ class NodeService:
             placed = [i.value for i in self._view.instances_on(node_id)]
             for other in self._view.instances():
                 move = other.value.move
-                if move is not None and move.other(other.value.node_id)[0] == node_id:
+                if move is not None and move.elsewhere[0] == node_id:
                     # What a move left there goes with the node.
                     forget_leftover(draft, other.value.id, started_at=move.started_at)
             record_deregistration(draft, found.value, placed=len(placed))

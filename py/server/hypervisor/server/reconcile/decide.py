@@ -138,7 +138,7 @@ def _instances(instances: Iterable[Instance], nodes: dict[str, Node]) -> Iterato
             continue
         offline = node.status is NodeStatus.OFFLINE
         if instance.move is not None and instance.desired is not DesiredState.DELETED:
-            other = nodes.get(instance.move.other(instance.node_id)[0])
+            other = nodes.get(instance.move.elsewhere[0])
             if other is not None and other.status is not NodeStatus.OFFLINE:
                 yield RemoveOldCopy(instance.id)
         if instance.desired is DesiredState.DELETED:
