@@ -27,7 +27,7 @@ from hvtest_programs import ProgramCluster
 from hvtest_vms import MEMORY_MB
 from hypervisor.v1 import compute_pb2, compute_pb2_grpc, instance_pb2
 
-PAIRS = 8
+PAIRS = 6
 CALL_S = 120.0
 NAME = "CreateInstance to READY through the platform"
 REFERENCES = ("virsh define, start", "QEMU")
