@@ -39,6 +39,13 @@ test-kvm: setup ## the microVM tests, and Linux guests under Firecracker where a
 test-kvm-nested: setup dev ## Linux under Firecracker in an emulated machine with a KVM of its own; slow, as root
 	tools/cgroup2_guest --kvm
 
+SEEDS = 1000
+FIRST_SEED = 1
+
+.PHONY: simulate
+simulate: ## whole clusters on virtual time under faults: SEEDS=10000 from FIRST_SEED=1 on all cores, or SEED=42 with its trace (needs `make dev`)
+	PYTHONHASHSEED=0 $(VENV)/bin/python -m hvsim $(if $(SEED),--seed $(SEED),--seeds $(SEEDS) --first-seed $(FIRST_SEED)) $(if $(PLANT),--plant $(PLANT))
+
 .PHONY: lint
 lint: ## ruff, mypy --strict, buildifier, shellcheck, buf
 	tools/test //tools/lint/...

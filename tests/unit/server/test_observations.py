@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 import pytest
 from msgspec import structs
 
-from hypervisor.core.model import Instance, InstanceSpec, Observation
+from hypervisor.core.model import SEQUENCE_BITS, Instance, InstanceSpec, Observation
 from hypervisor.core.restarts import Restarts
 from hypervisor.core.states import DesiredState, InstanceStatus, InstanceType
 from hypervisor.server.observations import fold, lost, missing, settle
@@ -78,9 +78,17 @@ def test_older_observations_are_ignored(older: Observation) -> None:
 
 
 def test_a_fresh_agents_word_counts_whatever_its_sequence() -> None:
-    after = fold(instance(), seen(S.STOPPED, sequence=1, exit_code=0), now=NOW, authoritative=True)
+    known = instance(observed_sequence=7 << SEQUENCE_BITS)
+    after = fold(known, seen(S.STOPPED, sequence=1, exit_code=0), now=NOW, authoritative=True)
     assert after is not None
     assert (after.status, after.observed_sequence) == (S.STOPPED, 1)
+
+
+def test_a_registration_does_not_overwrite_what_its_agent_answered_since() -> None:
+    """Seed 170: an agent that came back was asked to restart an instance while its registration was under way."""
+    answered = instance(observed_sequence=(3 << SEQUENCE_BITS) + 9)
+    registered = seen(S.FAILED, sequence=(3 << SEQUENCE_BITS) + 4, exit_code=137)
+    assert fold(answered, registered, now=NOW, authoritative=True) is None
 
 
 def test_what_is_unknown_is_learned_from_a_repeated_observation() -> None:

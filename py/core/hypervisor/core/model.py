@@ -31,6 +31,7 @@ from hypervisor.core.states import (
 __all__ = [
     "HOSTNAME_LABEL",
     "SCHEMA_VERSION",
+    "SEQUENCE_BITS",
     "ZONE_LABEL",
     "AffinityTerm",
     "Allocation",
@@ -305,6 +306,11 @@ class InstancesUsage(msgspec.Struct, frozen=True, kw_only=True):
     network_receive_bytes_per_second: float = 0.0
     network_transmit_bytes_per_second: float = 0.0
     pids: int = 0
+
+
+SEQUENCE_BITS = 36
+"""Bits of an observation's sequence below the count of its agent's starts: 68 billion observations in each of 134
+million starts fit in an int64."""
 
 
 class Observation(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,7 +4,8 @@ There are two lanes, each a loop that makes and commits its batches one after an
 conflict with each other: placements, which all change the allocations of nodes, and everything else. So while one
 transaction waits for the disk, decisions that have nothing to do with it go on. Where the lanes do meet on a record,
 they meet as two servers do: when another was faster (``Conflicted``) the records that moved are taken from the store's
-answer and all decisions of the batch are made again, refusals included: a refusal, too, rests on what was known.
+answer and all decisions of the batch are made again, refusals included: a refusal, too, rests on what was known, and
+that is compared as well, so that a server that is behind, or cut off from the store, refuses nobody by mistake.
 """
 
 import asyncio
@@ -78,6 +79,8 @@ class _Entry:
     attempts: int = 0
     outcome: Any = None
     error: Exception | None = field(default=None)
+    asked: set[str] = field(default_factory=set)
+    """Keys of which the store has said, since this decision was asked for, what they hold."""
 
 
 class Knowledge:
@@ -272,6 +275,8 @@ class GroupCommitter:
             case Conflicted(revision, current):
                 self._tell(lane, CommitOutcome.CONFLICTED, started, decisions=len(entries))
                 self.known.learn_items(revision, current)
+                for entry in entries:
+                    entry.asked.update(current)
                 if lane is Lane.PLACEMENTS:
                     await self._catch_up(revision)
                 await self._again(entries, queue)
@@ -296,6 +301,8 @@ class GroupCommitter:
                 entry.outcome = entry.decision(draft)
             except HypervisorError as exc:
                 entry.error = exc
+                if not draft.compares.keys() <= entry.asked and not batch.admit_refusal(draft):
+                    break
             except Exception as exc:  # a defect in one decision must not end everybody's commits
                 log.exception("decision_failed")
                 entry.error = Internal(f"a decision failed: {exc!r}")

@@ -98,12 +98,13 @@ class Batch:
         self._compares: dict[str, int] = {}
         self._writes: dict[str, _Write] = {}
         self._bytes = 0
+        self._refusals = False
         self._shared: dict[type[Shared], Shared] = {}
 
     @property
     def empty(self) -> bool:
         """Whether there is nothing to commit."""
-        return not self._writes
+        return not self._writes and not self._refusals
 
     def draft(self) -> "Draft":
         """A working copy for the next decision."""
@@ -124,6 +125,19 @@ class Batch:
         self.decisions += 1
         for shared in self._shared.values():
             shared.admitted(draft)
+        return True
+
+    def admit_refusal(self, draft: "Draft") -> bool:
+        """Have what a refusal rests on compared too, so that nobody is refused for what is not so any more; False when
+        there is no room left for that."""
+        compares = len(self._compares) + sum(path not in self._compares for path in draft.compares)
+        added = sum(2 * len(path) + _ENTRY_BYTES for path in draft.compares)
+        full = compares > MAX_OPERATIONS or self._bytes + added > MAX_COMMIT_BYTES
+        if full and self._compares:
+            return False
+        self._compares.update(draft.compares)
+        self._bytes += added
+        self._refusals = self._refusals or bool(draft.compares)
         return True
 
     def compares(self) -> list[Compare]:

@@ -89,6 +89,8 @@ class ExecutorSettings:
 class _Driven:
     cancel: asyncio.Future[None]
     request_id: str
+    untried: bool
+    """Whether no agent can have been asked for it yet: by this server, or by one before it."""
 
 
 class OperationExecutor:
@@ -132,6 +134,8 @@ class OperationExecutor:
             live=live or NoLiveMoves(),
             cleanup_s=self._settings.cleanup_s,
         )
+        self._tried: set[str] = set()
+        """Operations that were driven here and have not ended."""
 
     @property
     def settings(self) -> ExecutorSettings:
@@ -155,10 +159,13 @@ class OperationExecutor:
             finally:
                 self._group = None
 
-    def begin(self, operation: OperationRecord, revision: int, *, request_id: str = "") -> None:
+    def begin(
+        self, operation: OperationRecord, revision: int, *, request_id: str = "", accepted: bool = False
+    ) -> None:
         """Drive the operation, unless it has ended, is driven already or is another server's.
 
-        ``request_id`` is that of the call that began it, for the logs here and on the node.
+        ``request_id`` is that of the call that began it, for the logs here and on the node. ``accepted``: this may be
+        the moment of its acceptance.
         """
         mine = (
             not operation.done
@@ -169,8 +176,11 @@ class OperationExecutor:
         # Before `run` there is nobody to drive it; `run` begins with all that are recorded.
         if mine and self._group is not None:
             driven = _Driven(
-                asyncio.get_running_loop().create_future(), request_id or operation.request_id or operation.id
+                asyncio.get_running_loop().create_future(),
+                request_id or operation.request_id or operation.id,
+                untried=accepted and operation.id not in self._tried,
             )
+            self._tried.add(operation.id)
             self._driven[operation.id] = driven
             if operation.cancel_requested:
                 driven.cancel.set_result(None)
@@ -218,6 +228,7 @@ class OperationExecutor:
         try:
             async with self._slots:
                 await self._drive_to_end(operation_id, driven)
+            self._tried.discard(operation_id)
         except Conflict as exc:
             if exc.reason != outcomes.TAKEN_OVER:
                 raise
@@ -256,7 +267,7 @@ class OperationExecutor:
             if exc.reason == outcomes.TAKEN_OVER:
                 raise
             log.warning("operation_failed", reason=exc.reason, error=str(exc), **about)
-            await self._end_failed(record, instance.value, exc, request_id=driven.request_id)
+            await self._end_failed(record, instance.value, exc, driven)
         else:
             if isinstance(reply, Observation):
                 lane = Lane.PLACEMENTS if record.verb == "update" else Lane.RECORDS
@@ -286,14 +297,16 @@ class OperationExecutor:
             if driven.cancel.done():
                 raise _cancelled(operation)
             context = CallContext(driven.request_id, left_s)
+            untried, driven.untried = driven.untried, False
             try:
                 return await self._attend(
                     _call(self._agents.agent(node.value), operation, instance, context, images=self._images),
                     operation,
                     driven,
                 )
-            except Unavailable as exc:
-                if exc.reason != "NODE_UNREACHABLE":
+            except HypervisorError as exc:
+                driven.untried = untried and outcomes.nothing_begun(exc)
+                if not isinstance(exc, Unavailable) or exc.reason != "NODE_UNREACHABLE":
                     raise
                 log.warning(
                     "agent_unreachable", operation_id=operation.id, node=node.value.hostname, error=str(exc)
@@ -334,12 +347,12 @@ class OperationExecutor:
             log.warning("progress_not_recorded", operation_id=operation.id, error=str(exc))
 
     async def _end_failed(
-        self, operation: OperationRecord, instance: Instance, error: HypervisorError, *, request_id: str
+        self, operation: OperationRecord, instance: Instance, error: HypervisorError, driven: _Driven
     ) -> None:
-        cleaning = CallContext(request_id, self._settings.cleanup_s)
+        cleaning = CallContext(driven.request_id, self._settings.cleanup_s)
         operation_id, server_id = operation.id, self._server_id
         if operation.verb == "create":
-            if await self._cleaned_up(operation, instance, cleaning) or outcomes.nothing_begun(error):
+            if await self._cleaned_up(operation, instance, cleaning) or driven.untried:
                 await self._end(
                     lambda d: outcomes.remove(d, operation_id, server_id=server_id, error=error),
                     lane=Lane.PLACEMENTS,
@@ -357,7 +370,10 @@ class OperationExecutor:
         else:
             lane = Lane.PLACEMENTS if operation.verb == "update" else Lane.RECORDS
             await self._end(
-                lambda d: outcomes.fail(d, operation_id, server_id=server_id, error=error), lane=lane
+                lambda d: outcomes.fail(
+                    d, operation_id, server_id=server_id, error=error, tried=not driven.untried
+                ),
+                lane=lane,
             )
 
     async def _cleaned_up(self, operation: OperationRecord, instance: Instance, context: CallContext) -> bool:

@@ -95,7 +95,7 @@ class InstanceService:
             try:
                 decided = await self._committer.commit(
                     lambda d: self._placer.reserve(d, draft, operation=operation, deadline=deadline),
-                    then=partial(self._executor.begin, request_id=mutation.caller.request_id),
+                    then=partial(self._executor.begin, request_id=mutation.caller.request_id, accepted=True),
                     lane=Lane.PLACEMENTS,
                 )
             except Conflict as exc:
@@ -136,7 +136,7 @@ class InstanceService:
         change = SizeChange(cpu_millis, memory_mb)
         decided = await self._committer.commit(
             lambda d: begin_update(d, self._allocation, ref, change, operation=operation, deadline=deadline),
-            then=partial(self._executor.begin, request_id=mutation.caller.request_id),
+            then=partial(self._executor.begin, request_id=mutation.caller.request_id, accepted=True),
             lane=Lane.PLACEMENTS,
         )
         return await self._operations.conclude(decided, wait=mutation.wait)
@@ -193,7 +193,7 @@ class InstanceService:
         deadline = self._executor.settings.deadline(self._clock.now(), verb, grace_s=grace_s)
         decided = await self._committer.commit(
             lambda d: begin(d, VERBS[verb], ref, operation=operation, deadline=deadline, force=force),
-            then=partial(self._executor.begin, request_id=mutation.caller.request_id),
+            then=partial(self._executor.begin, request_id=mutation.caller.request_id, accepted=True),
         )
         return await self._operations.conclude(decided, wait=mutation.wait)
 

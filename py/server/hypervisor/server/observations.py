@@ -10,7 +10,7 @@ from datetime import datetime
 import structlog
 from msgspec import structs
 
-from hypervisor.core.model import Instance, Observation
+from hypervisor.core.model import SEQUENCE_BITS, Instance, Observation
 from hypervisor.core.states import TRANSITIONAL, DesiredState, InstanceStatus, can_move
 
 __all__ = ["fold", "lost", "missing", "settle"]
@@ -35,7 +35,9 @@ def fold(
     # A repeat of the last observation counts only where the record says that it does not know.
     repeated_is_news = authoritative or instance.status is InstanceStatus.UNKNOWN
     oldest = instance.observed_sequence + (0 if repeated_is_news else 1)
-    if seen.sequence < oldest and not authoritative:
+    # What the new agent answered before its registration came through is newer than that.
+    same_start = seen.sequence >> SEQUENCE_BITS == instance.observed_sequence >> SEQUENCE_BITS
+    if seen.sequence < oldest and (same_start or not authoritative):
         return None
     if seen.status not in _TOLD or instance.desired is DesiredState.DELETED:
         return None

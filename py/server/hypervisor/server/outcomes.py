@@ -59,7 +59,7 @@ def unclear(error: HypervisorError) -> bool:
 
 def nothing_begun(error: HypervisorError) -> bool:
     """Whether after this error the agent has certainly done nothing, so that nothing of the work can be left."""
-    return error.reason in _NOTHING_BEGUN
+    return error.reason in _NOTHING_BEGUN and "left" not in error.metadata
 
 
 def succeed(
@@ -125,14 +125,21 @@ def cleanup_later(
     return _end(draft, operation, error)
 
 
-def fail(draft: Draft, operation_id: str, *, server_id: str, error: HypervisorError) -> OperationRecord:
-    """An operation on an instance that is there failed: it stays, as far as that is known, as it is."""
+def fail(
+    draft: Draft, operation_id: str, *, server_id: str, error: HypervisorError, tried: bool = False
+) -> OperationRecord:
+    """An operation on an instance that is there failed: it stays, as far as that is known, as it is.
+
+    ``tried``: an agent was asked for it before, and may have done it, whatever it answered in the end.
+    """
     operation = driven_operation(draft, operation_id, server_id=server_id)
     instance = _held(draft, operation)
     if instance is not None:
         if operation.verb == "update" and not unclear(error):
             instance = end_update(draft, instance, operation, done=False)
         status, reason = _after_failure(operation.verb, instance, error)
+        if tried and nothing_begun(error):
+            status, reason = InstanceStatus.UNKNOWN, error.reason
         if not can_move(instance.status, status):
             status, reason = InstanceStatus.UNKNOWN, error.reason
         draft.put(
@@ -261,6 +268,9 @@ def _after_failure(verb: str, instance: Instance, error: HypervisorError) -> tup
     status = instance.status
     if unclear(error):
         return InstanceStatus.UNKNOWN, error.reason
+    if verb == "delete":
+        # As much of it as there was may be left, and may run.
+        return InstanceStatus.UNKNOWN, error.reason if nothing_begun(error) else _FAILED_REASONS[verb]
     if status not in (InstanceStatus.STOPPING, InstanceStatus.CREATING, InstanceStatus.DELETING):
         settled = status if nothing_begun(error) or verb not in _FAILED_REASONS else InstanceStatus.FAILED
         return settled, instance.status_reason if settled is status else _FAILED_REASONS[verb]

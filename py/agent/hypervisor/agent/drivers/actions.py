@@ -247,6 +247,8 @@ class Actions:
             if slot.entry is not None and slot.entry.phase is Phase.CREATING and not waits:
                 _log.info("instance_create_failed", instance=slot.instance_id, reason=exc.reason)
                 await self._undo(slot, entry, driver, swallow=True)
+                if slot.entry is not None:
+                    raise left_behind(exc) from exc
             raise
         finally:
             slot.busy = False
@@ -308,7 +310,8 @@ class Actions:
                 raise
             return
         await self._images.release(slot.instance_id)
-        self._instances.forget(slot)
+        # Its server may well ask for it again: who drives a create repeats it.
+        self._instances.forget(slot, epoch=entry.epoch - 1)
 
     async def _change(
         self, slot: Slot, entry: Entry, phase: Phase, ask: Callable[[], Awaitable[Observation]]
@@ -419,6 +422,17 @@ class Actions:
         assert entry is not None
         slot.entry = msgspec.structs.replace(entry, runs=runs, restarts=entry.restarts.cancelled())
         self._instances.journal.put_soon(slot.entry)
+
+
+def left_behind(error: HypervisorError) -> HypervisorError:
+    """The error of a create that could not be undone: something of it is on the node, whatever its reason says."""
+    return type(error)(
+        error.message,
+        reason=error.reason,
+        metadata={**error.metadata, "left": "true"},
+        violations=error.violations,
+        retry_after_s=error.retry_after_s,
+    )
 
 
 def took_place(entry: Entry, seen: Observation) -> bool:

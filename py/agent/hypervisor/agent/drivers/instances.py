@@ -136,6 +136,20 @@ class LocalInstances:
             )
         return entry
 
+    def refuse_deleted(self, slot: Slot, ref: InstanceRef) -> None:
+        """FailedPrecondition (``STALE_EPOCH``) for a create that was overtaken by the delete of what it makes: the
+        network, or a server that is no more, may have held it back for long."""
+        if slot.entry is None and ref.epoch <= self.epoch_gone(ref.instance_id):
+            raise FailedPrecondition(
+                f"instance {ref.instance_id} (epoch {ref.epoch}) was deleted here: an older create came too late",
+                reason="STALE_EPOCH",
+                metadata={
+                    "instance": ref.instance_id,
+                    "epoch": str(ref.epoch),
+                    "known_epoch": str(self.epoch_gone(ref.instance_id)),
+                },
+            )
+
     def refuse_stale(self, slot: Slot, ref: InstanceRef) -> None:
         """FailedPrecondition (``STALE_EPOCH``) for a call about an older placement than this node knows."""
         known = max(slot.entry.epoch if slot.entry else 0, self.epoch_gone(ref.instance_id))
@@ -217,18 +231,28 @@ class LocalInstances:
         )
         return before
 
-    def forget(self, slot: Slot) -> None:
-        """The instance is gone from this node."""
+    def forget(self, slot: Slot, *, epoch: int | None = None) -> None:
+        """The instance is gone from this node; copies up to ``epoch`` (None: its own) will not be made any more."""
         entry = slot.entry
         assert entry is not None
         slot.entry = None
-        self.journal.forget_soon(entry.instance_id, epoch=entry.epoch)
-        self._epochs_gone.pop(entry.instance_id, None)
-        self._epochs_gone[entry.instance_id] = entry.epoch
-        if len(self._epochs_gone) > TOMBSTONES:
-            del self._epochs_gone[next(iter(self._epochs_gone))]
+        gone = max(entry.epoch if epoch is None else epoch, self.epoch_gone(entry.instance_id))
+        self.journal.forget_soon(entry.instance_id, epoch=gone)
+        self._bury(entry.instance_id, gone)
         self.book.forget(entry.instance_id)
         self._listener.deleted(entry.instance_id)
+
+    async def forget_unseen(self, ref: InstanceRef) -> None:
+        """A copy that never came here was deleted: its create, should it still come, is too late."""
+        if ref.epoch > self.epoch_gone(ref.instance_id):
+            await self.journal.forget(ref.instance_id, epoch=ref.epoch)
+            self._bury(ref.instance_id, ref.epoch)
+
+    def _bury(self, instance_id: str, epoch: int) -> None:
+        self._epochs_gone.pop(instance_id, None)
+        self._epochs_gone[instance_id] = epoch
+        if len(self._epochs_gone) > TOMBSTONES:
+            del self._epochs_gone[next(iter(self._epochs_gone))]
 
     def _keep(self, slot: Slot, seen: Observation, *, answered: bool, event: bool) -> Observation:
         entry = slot.entry

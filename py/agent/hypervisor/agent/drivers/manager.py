@@ -106,6 +106,7 @@ class Manager:
                 await self._actions.settle(slot)
             if slot.entry is not None:
                 return await self._create_again(slot, assignment, start=start)
+            self._instances.refuse_deleted(slot, ref)
             driver = await self._drivers.choose(assignment.type)
             self._drivers.require(driver.name, "create")
             if start:
@@ -148,6 +149,7 @@ class Manager:
         async def work(slot: Slot) -> bool:
             self._instances.refuse_stale(slot, ref)
             if slot.entry is None:
+                await self._instances.forget_unseen(ref)
                 return await self._delete_unknown(slot)
             self._drivers.require(slot.entry.driver, "delete")
             await self._actions.delete(slot, slot.entry, grace_s=grace_s)

@@ -7,19 +7,16 @@ from datetime import datetime
 
 import msgspec
 
-from hypervisor.core.model import Observation
+from hypervisor.core.model import SEQUENCE_BITS, Observation
 
 __all__ = ["ObservationBook"]
-
-_STARTS_SHIFT = 36
-"""Leaves room for 68 billion observations a start and 134 million starts in an int64."""
 
 
 class ObservationBook:
     """``starts``: how often the agent has started, this time included."""
 
     def __init__(self, *, starts: int) -> None:
-        self._sequence = starts << _STARTS_SHIFT
+        self._sequence = starts << SEQUENCE_BITS
         self._newest: dict[str, Observation] = {}
         self._events: dict[str, int] = {}
 

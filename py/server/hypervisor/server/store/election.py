@@ -7,7 +7,7 @@ every commit.
 """
 
 import asyncio
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -168,11 +168,14 @@ class Candidacy:
                 return revision, candidates
 
     async def _wait_for_deletion(self, keys: frozenset[str], *, after_revision: int) -> None:
+        """Return when one of the keys was deleted, or it is time to look anew: a watch that has lost that event must
+        not leave the cluster without a leader."""
         watch = self._storage.watch(self._prefix, after_revision=after_revision, with_previous=False)
-        async with aclosing(watch) as batches:
-            async for batch in batches:
-                if any(change.item is None and change.key in keys for change in batch.changes):
-                    return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._ttl_s), aclosing(watch) as batches:
+                async for batch in batches:
+                    if any(change.item is None and change.key in keys for change in batch.changes):
+                        return
 
     async def _keep(self, lost: asyncio.Event, ttl_s: float, sent: float) -> None:
         """Renew the lease until it has ended, its key is gone, or no renewal got through for a whole TTL.
