@@ -28,6 +28,7 @@ class _Held:
     status: InstanceStatus
     sequence: int
     exit_code: int | None = None
+    reason: str = ""
 
 
 @dataclass
@@ -71,16 +72,17 @@ class MemoryAgent:
             status=held.status,
             observed_at=now,
             sequence=held.sequence,
+            reason=held.reason if ended else "",
             exit_code=held.exit_code if ended else None,
             finished_at=now if ended and held.exit_code is not None else None,
             started_at=None if ended else now,
             runtime="memory 1",
         )
 
-    def end(self, instance_id: str, *, exit_code: int) -> Observation:
+    def end(self, instance_id: str, *, exit_code: int, reason: str = "") -> Observation:
         """The instance exits by itself; returns what the agent tells the server."""
         held = self.held[instance_id]
-        held.status, held.exit_code = InstanceStatus.STOPPED, exit_code
+        held.status, held.exit_code, held.reason = InstanceStatus.STOPPED, exit_code, reason
         return self.observe(instance_id)
 
     async def create(

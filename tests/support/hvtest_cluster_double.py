@@ -56,6 +56,8 @@ class ClusterDouble:
         self.registrations: list[cluster_pb2.RegisterNodeRequest] = []
         self.updates: list[cluster_pb2.UpdateNodeStatusRequest] = []
         self.unexpected: list[str] = []
+        self.disarmed = False
+        """Nodes are told not to fence themselves."""
         self.refuse: list[HypervisorError] = []
         """Errors of the next calls, whatever they are."""
         self._server: grpc.aio.Server | None = None
@@ -138,8 +140,11 @@ class ClusterDouble:
         known.instances = {seen.instance_id: seen for seen in request.instances}
         self.nodes[node.id] = known
         self.registrations.append(request)
+        answered = node_pb2.Node()
+        answered.CopyFrom(node)
+        answered.fencing.disarm_requested = self.disarmed
         return cluster_pb2.RegisterNodeResponse(
-            node=node,
+            node=answered,
             heartbeat_interval=duration_of(self.interval_s),
             heartbeat_timeout=duration_of(3 * self.interval_s),
             cluster_id="c-test",
@@ -155,6 +160,7 @@ class ClusterDouble:
         return cluster_pb2.HeartbeatResponse(
             heartbeat_interval=duration_of(self.interval_s),
             heartbeat_timeout=duration_of(3 * self.interval_s),
+            fencing_disarmed=self.disarmed,
         )
 
     async def _update(

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from hypervisor.core.availability import FencingState, NodeFencing
 from hypervisor.core.clock import Clock, SystemClock
 from hypervisor.core.ids import new_id
 from hypervisor.core.model import (
@@ -31,6 +32,7 @@ from hypervisor.server.control_plane import ControlPlane, ControlPlaneSettings, 
 from hypervisor.server.executor import ExecutorSettings
 from hypervisor.server.live_moves import LiveMoves
 from hypervisor.server.reconcile.loop import ReconcilerSettings
+from hypervisor.server.reconcile.losses import LossLimits
 from hypervisor.server.reconcile.node_loop import NodeReconcilerSettings
 from hypervisor.server.scheduler.default import DefaultScheduler
 from hypervisor.server.services import (
@@ -44,6 +46,7 @@ from hypervisor.server.store.storage import Storage
 from hypervisor.server.view import ViewSettings
 
 __all__ = [
+    "ARMED",
     "add_node",
     "allocation_is_sum",
     "control_plane",
@@ -55,6 +58,7 @@ __all__ = [
     "until",
 ]
 
+ARMED = NodeFencing(state=FencingState.ARMED)
 VERBS = ("create", "start", "stop", "restart", "delete", "stats", "console")
 
 
@@ -72,6 +76,7 @@ def settings(server_id: str = "s-1") -> ControlPlaneSettings:
         executor=ExecutorSettings(
             create_s=20.0, cleanup_s=1.0, slow_s=0.1, backoff=Backoff(initial_s=0.02, maximum_s=0.1)
         ),
+        losses=LossLimits(margin_s=0.3),
         reconciler=ReconcilerSettings(
             interval_s=0.1,
             leader_ttl_s=1.0,
@@ -146,6 +151,8 @@ def registration(
     incarnation: str = "",
     observations: tuple[Observation, ...] = (),
     port: int = 50052,
+    zone: str = "default",
+    fencing: NodeFencing | None = ARMED,
 ) -> NodeRegistration:
     """What an agent says when it joins."""
     return NodeRegistration(
@@ -154,7 +161,7 @@ def registration(
         address="127.0.0.1",
         port=port,
         region="default",
-        zone="default",
+        zone=zone,
         role=NodeRole.WORKER,
         resources=NodeResources(
             cpu_millis=round(cpu_cores * 1000), memory_bytes=memory_bytes, disk_bytes=100 * GIB
@@ -165,6 +172,7 @@ def registration(
         incarnation=incarnation or uuid.uuid4().hex,
         simulated=True,
         observations=observations,
+        fencing=fencing,
     )
 
 
@@ -177,7 +185,12 @@ async def add_node(plane: ControlPlane, joining: NodeRegistration) -> AsyncItera
         while True:
             await asyncio.sleep(times.interval_s / 2)
             await plane.nodes.heartbeat(
-                joining.id, joining.incarnation, joining.resources, {}, usage=InstancesUsage()
+                joining.id,
+                joining.incarnation,
+                joining.resources,
+                {},
+                usage=InstancesUsage(),
+                fencing=joining.fencing,
             )
 
     beating = asyncio.create_task(beat())

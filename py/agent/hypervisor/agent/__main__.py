@@ -15,6 +15,7 @@ import uvloop
 from hypervisor.agent.app import run_agent
 from hypervisor.agent.config import AgentSettings
 from hypervisor.agent.console_holder import program as console_holder_program
+from hypervisor.agent.fencing import guard as fencing_guard_program
 from hypervisor.agent.simulated import run_simulated
 from hypervisor.core import logging
 from hypervisor.core.clock import SystemClock
@@ -72,6 +73,18 @@ def main(
 def console_holder(context: click.Context, arguments: tuple[str, ...]) -> None:
     """Hold the consoles of a node while agents come and go. The agent starts it by itself."""
     context.exit(console_holder_program.main(arguments))
+
+
+@main.command(
+    "fencing-guard",
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
+    short_help="Fence a node in its agent's place; started by the agent.",
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def fencing_guard(context: click.Context, arguments: tuple[str, ...]) -> None:
+    """Kill what must not run any more while the agent cannot. The agent starts it by itself."""
+    context.exit(fencing_guard_program.main(arguments))
 
 
 @main.group()

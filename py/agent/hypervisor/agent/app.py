@@ -13,7 +13,7 @@ from hypervisor.agent.api.agent_service import AgentService
 from hypervisor.agent.api.console_stream import ConsoleStreams
 from hypervisor.agent.api.server import AgentServer
 from hypervisor.agent.cluster_link import GrpcClusterLink, NodeDescription
-from hypervisor.agent.config import AgentSettings, HolderMode
+from hypervisor.agent.config import AgentSettings, GuardMode, HolderMode
 from hypervisor.agent.console import ConsoleLimits
 from hypervisor.agent.console_holder.launching import EmbeddedHolder, HolderProcess, Launcher
 from hypervisor.agent.consoles import ConsoleHubs
@@ -24,6 +24,10 @@ from hypervisor.agent.drivers.instances import LocalInstances
 from hypervisor.agent.drivers.manager import Manager
 from hypervisor.agent.drivers.observed import ObservationBook
 from hypervisor.agent.drivers.registry import DriverContext, Drivers, make_drivers
+from hypervisor.agent.fencing.fence import FENCED, Fence, Fencing, Guard, NoGuard
+from hypervisor.agent.fencing.launching import GuardProcess
+from hypervisor.agent.fencing.lease import Lease
+from hypervisor.agent.fencing.marks import Marks
 from hypervisor.agent.images.cache import ImageCache
 from hypervisor.agent.images.providing import NoImages
 from hypervisor.agent.journal import Journal
@@ -60,7 +64,10 @@ _log = structlog.get_logger(__name__)
 class _Listener:
     """Hands what the manager sees to the consoles, to the statistics and to the reporter."""
 
-    def __init__(self, *, consoles: ConsoleHubs, reporter: Reporter, stats: StatsService) -> None:
+    def __init__(
+        self, *, consoles: ConsoleHubs, reporter: Reporter, stats: StatsService, fence: Fence
+    ) -> None:
+        self._fence = fence
         self._consoles = consoles
         self._reporter = reporter
         self._stats = stats
@@ -82,6 +89,7 @@ class _Listener:
         self._consoles.deleted(instance_id)
         self._stats.deleted(instance_id)
         self._reporter.deleted(instance_id)
+        self._fence.released(instance_id)
 
 
 async def run_agent(
@@ -133,13 +141,23 @@ async def run_agent(
             clock=clock,
         )
         stack.push_async_callback(link.aclose)
+        lease = Lease(settings.agent.data_dir, clock)
+        stack.callback(lease.close)
         made = drivers or _make_drivers(settings, clock=clock, rng=rng, new_id=new_id)
         if drivers is None:
             await _lock_machines(settings, made, stack)
         stack.push_async_callback(_close_drivers, made)
         fetcher = await stack.enter_async_context(_fetcher(settings, clock=clock, rng=rng))
         agent = _Agent(
-            settings, node=node, made=made, journal=journal, link=link, fetcher=fetcher, clock=clock, rng=rng
+            settings,
+            node=node,
+            made=made,
+            journal=journal,
+            link=link,
+            fetcher=fetcher,
+            lease=lease,
+            clock=clock,
+            rng=rng,
         )
         await agent.run(server, stop=stop)
 
@@ -156,6 +174,7 @@ class _Agent:
         fetcher: BlobFetcher,
         clock: Clock,
         rng: random.Random,
+        lease: Lease | None = None,
     ) -> None:
         self._settings = settings
         self._node = node
@@ -192,12 +211,22 @@ class _Agent:
             history=settings.stats.history,
             max_open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0] * 3 // 4,
         )
+        lease = lease or Lease(None, clock)
+        fence = Fence(
+            lease,
+            marks=Marks(settings.agent.data_dir),
+            guard=_guard(settings, simulated=node.simulated),
+            clock=clock,
+            enabled=settings.fencing.enabled,
+        )
         instances = LocalInstances(
             journal=journal,
             book=ObservationBook(starts=journal.starts),
             clock=clock,
             rng=rng,
-            listener=_Listener(consoles=self._consoles, reporter=self._reporter, stats=self._stats),
+            listener=_Listener(
+                consoles=self._consoles, reporter=self._reporter, stats=self._stats, fence=fence
+            ),
         )
         self._images = ImageCache(
             BlobDirectory(_image_dir(settings)),
@@ -213,6 +242,14 @@ class _Agent:
             clock=clock,
             rng=rng,
             images=NoImages() if node.simulated else self._images,
+            gate=fence,
+        )
+        self._fencing = Fencing(
+            fence,
+            lease,
+            instances=instances,
+            stop=lambda instance_id: self._manager.fence(instance_id, why=FENCED),
+            clock=clock,
         )
         self._membership = Membership(
             node,
@@ -226,6 +263,8 @@ class _Agent:
             registered=self._registered,
             default_interval_s=DEFAULT_HEARTBEAT_S,
             images=lambda: self._images.digests,
+            lease=lease,
+            fencing=fence.state,
         )
         self._health.on_change(lambda _name: self._reporter.drivers(self._health.infos()))
 
@@ -244,6 +283,7 @@ class _Agent:
                 group.create_task(self._consoles.run()),
                 group.create_task(self._stats.run()),
                 group.create_task(self._manager.run()),
+                group.create_task(self._fencing.run()),
             ]
             if not self._node.simulated:
                 tasks.append(group.create_task(self._images.run()))
@@ -377,6 +417,12 @@ def _console_launcher(settings: AgentSettings, *, simulated: bool) -> Launcher:
     if simulated or settings.console.holder is HolderMode.EMBEDDED:
         return EmbeddedHolder(settings.agent.data_dir)
     return HolderProcess(settings.agent.data_dir)
+
+
+def _guard(settings: AgentSettings, *, simulated: bool) -> Guard:
+    if simulated or settings.fencing.guard is GuardMode.NONE:
+        return NoGuard()
+    return GuardProcess(settings.agent.data_dir)
 
 
 async def _close_drivers(drivers: Drivers) -> None:

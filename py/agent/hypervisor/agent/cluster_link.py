@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 import structlog
 
+from hypervisor.core.availability import NodeFencing
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import DeadlineExceeded, Unavailable
 from hypervisor.core.grpc_errors import from_rpc_error
@@ -25,6 +26,7 @@ from hypervisor.core.model import (
 )
 from hypervisor.core.states import NodeRole
 from hypervisor.v1 import cluster_pb2, cluster_pb2_grpc, node_pb2
+from hypervisor.wire.availability import fencing_to_wire
 from hypervisor.wire.enums import NODE_ROLE
 from hypervisor.wire.instances import observation_to_wire
 from hypervisor.wire.nodes import driver_to_wire, resources_to_wire, taint_to_wire
@@ -72,6 +74,8 @@ class HeartbeatTimes:
 
     interval_s: float
     timeout_s: float
+    disarmed: bool = False
+    """The node shall not fence itself."""
 
 
 class ClusterLink(Protocol):
@@ -84,6 +88,7 @@ class ClusterLink(Protocol):
         resources: NodeResources,
         drivers: Sequence[DriverInfo],
         observations: Sequence[Observation],
+        fencing: NodeFencing | None = None,
     ) -> HeartbeatTimes: ...
 
     async def heartbeat(
@@ -94,6 +99,7 @@ class ClusterLink(Protocol):
         usage: InstancesUsage,
         stats: Mapping[str, InstanceStats],
         images: Sequence[str] = (),
+        fencing: NodeFencing | None = None,
     ) -> HeartbeatTimes: ...
 
     async def update_status(
@@ -143,6 +149,7 @@ class GrpcClusterLink:
         resources: NodeResources,
         drivers: Sequence[DriverInfo],
         observations: Sequence[Observation],
+        fencing: NodeFencing | None = None,
     ) -> HeartbeatTimes:
         request = cluster_pb2.RegisterNodeRequest(
             node=node_pb2.Node(
@@ -159,12 +166,17 @@ class GrpcClusterLink:
                 agent_version=node.agent_version,
                 simulated=node.simulated,
                 taints=map(taint_to_wire, node.taints),
+                fencing=fencing_to_wire(fencing),
             ),
             incarnation=node.incarnation,
             instances=[observation_to_wire(seen) for seen in observations],
         )
         answer = await self._call("RegisterNode", request, cluster_pb2.RegisterNodeResponse)
-        return HeartbeatTimes(seconds_of(answer.heartbeat_interval), seconds_of(answer.heartbeat_timeout))
+        return HeartbeatTimes(
+            seconds_of(answer.heartbeat_interval),
+            seconds_of(answer.heartbeat_timeout),
+            answer.node.fencing.disarm_requested,
+        )
 
     async def heartbeat(
         self,
@@ -174,6 +186,7 @@ class GrpcClusterLink:
         usage: InstancesUsage,
         stats: Mapping[str, InstanceStats],
         images: Sequence[str] = (),
+        fencing: NodeFencing | None = None,
     ) -> HeartbeatTimes:
         request = cluster_pb2.HeartbeatRequest(
             node_id=node.id,
@@ -183,9 +196,14 @@ class GrpcClusterLink:
             stats={instance_id: stats_to_wire(sample) for instance_id, sample in stats.items()},
             usage=usage_to_wire(usage),
             image_digests=images,
+            fencing=fencing_to_wire(fencing),
         )
         answer = await self._call("Heartbeat", request, cluster_pb2.HeartbeatResponse)
-        return HeartbeatTimes(seconds_of(answer.heartbeat_interval), seconds_of(answer.heartbeat_timeout))
+        return HeartbeatTimes(
+            seconds_of(answer.heartbeat_interval),
+            seconds_of(answer.heartbeat_timeout),
+            answer.fencing_disarmed,
+        )
 
     async def update_status(
         self,

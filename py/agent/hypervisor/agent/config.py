@@ -17,7 +17,7 @@ from hypervisor.core.states import NodeRole
 from hypervisor.core.taints import parse_taint
 from hypervisor.core.tls import ClientAuth, ClientTls, ServerTls
 
-__all__ = ["AgentSettings", "ContainerdSection", "HolderMode", "MetricsSection"]
+__all__ = ["AgentSettings", "ContainerdSection", "GuardMode", "HolderMode", "MetricsSection"]
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
 """What containerd takes (identifiers.Validate), checked before anything is begun."""
@@ -333,6 +333,27 @@ class TlsSection(Section):
         return self
 
 
+class GuardMode(StrEnum):
+    """Who fences the node when its agent cannot."""
+
+    PROCESS = "process"
+    NONE = "none"
+
+
+class FencingSection(Section):
+    """Stopping what could be started elsewhere, when no server hears from this node."""
+
+    enabled: bool = pydantic.Field(
+        default=True,
+        description="Off: nothing is stopped by the node, and so nothing is moved off it by itself when it is lost.",
+    )
+    guard: GuardMode = pydantic.Field(
+        default=GuardMode.PROCESS,
+        description="`process`: a process beside the agent kills what has to be stopped while the agent is dead or "
+        "hangs. `none`: nobody does; only where the guests end with the agent, or a watchdog resets the machine.",
+    )
+
+
 class LogSection(Section):
     """The log, on standard error."""
 
@@ -353,6 +374,7 @@ class AgentSettings(Settings):
             "store",
             "etcd",
             "heartbeat",
+            "reconcile",
             "image_store",
             "scheduler",
             "operations",
@@ -375,6 +397,7 @@ class AgentSettings(Settings):
     simulated: SimulatedSection = SimulatedSection()
     stats: StatsSection = StatsSection()
     metrics: MetricsSection = MetricsSection()
+    fencing: FencingSection = FencingSection()
     tls: TlsSection = TlsSection()
     log: LogSection = LogSection()
 

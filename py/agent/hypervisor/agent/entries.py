@@ -60,3 +60,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     by_policy: bool = False
     """While STARTING: whether it is a restart by its policy, which goes on counting."""
     restarts: Restarts = Restarts()
+    stops: bool = False
+    """Whether it has to be stopped when no server hears from the node."""
+    ended_by: str = ""
+    """Why its last run ended, where the node knows better than the runtime: FENCED, NODE_RESTARTED."""

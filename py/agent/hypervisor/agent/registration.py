@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable
 import structlog
 
 from hypervisor.agent.cluster_link import ClusterLink, HeartbeatTimes, NodeDescription
+from hypervisor.agent.fencing.lease import Lease
 from hypervisor.agent.reporter import must_register
 from hypervisor.agent.resources import ResourceSource
 from hypervisor.agent.stats.service import StatsService
+from hypervisor.core.availability import NodeFencing
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import DeadlineExceeded, HypervisorError, Unavailable
 from hypervisor.core.model import DriverInfo, NodeResources, Observation
@@ -48,6 +50,8 @@ class Membership:
         registered: asyncio.Event,
         default_interval_s: float,
         images: Callable[[], Iterable[str]] = lambda: (),
+        lease: Lease | None = None,
+        fencing: Callable[[], NodeFencing | None] = lambda: None,
     ) -> None:
         self._node = node
         self._link = link
@@ -61,6 +65,8 @@ class Membership:
         self._interval_s = default_interval_s
         self._default_interval_s = default_interval_s
         self._images = images
+        self._lease = lease
+        self._fencing = fencing
         self._again = asyncio.Event()
 
     def register_again(self) -> None:
@@ -78,12 +84,14 @@ class Membership:
         delays = _BACKOFF.delays(self._rng)
         while True:
             self._again.clear()
+            sent_s = self._clock.monotonic()
             try:
                 times = await self._link.register(
                     self._node,
                     resources=await self._read_resources(),
                     drivers=self._drivers(),
                     observations=self._observations(),
+                    fencing=self._fencing(),
                 )
             except HypervisorError as exc:
                 level = _log.warning if isinstance(exc, Unavailable | DeadlineExceeded) else _log.error
@@ -93,6 +101,8 @@ class Membership:
                 )
             else:
                 self._take(times)
+                if self._lease is not None:
+                    self._lease.registered(sent_s, time_to_live_s=times.timeout_s, disarmed=times.disarmed)
                 self._registered.set()
                 _log.info("registered", node=self._node.id, hostname=self._node.hostname)
                 return
@@ -115,6 +125,7 @@ class Membership:
                     usage=self._stats.usage(),
                     stats=self._stats.newest(limit=HEARTBEAT_SAMPLES),
                     images=sorted(self._images())[:_HEARTBEAT_IMAGES],
+                    fencing=self._fencing(),
                 )
             except HypervisorError as exc:
                 if must_register(exc):
@@ -125,6 +136,8 @@ class Membership:
                 wait_s = min(next(delays), self._interval_s)
             else:
                 self._take(times)
+                if self._lease is not None:
+                    self._lease.answered(started, time_to_live_s=times.timeout_s, disarmed=times.disarmed)
                 delays = _BACKOFF.delays(self._rng)
                 wait_s = max(self._interval_s - (self._clock.monotonic() - started), 0.0)
 

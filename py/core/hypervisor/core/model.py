@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import msgspec
 
+from hypervisor.core.availability import Availability, InstanceLoss, NodeFencing, NodeLoss
 from hypervisor.core.errors import Internal
 from hypervisor.core.machines import CloudInit, MicrovmOptions, NetworkInterface, SnapshotKind, VmOptions
 from hypervisor.core.moves import MovePolicy, MoveRecord
@@ -167,6 +168,7 @@ class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     vm: VmOptions | None = None
     microvm: MicrovmOptions | None = None
     restart: RestartPolicy | None = None
+    availability: Availability | None = None
     move: MovePolicy | None = None
 
     @property
@@ -221,6 +223,8 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     images: dict[str, str] = {}
     """The images that ``spec`` names: their ids by name, as they were when it was created."""
     restarts: Restarts | None = None
+    lost: InstanceLoss | None = None
+    """Its node was lost while it should run, and it does not run again yet."""
     move: MoveRecord | None = None
     """Its move to another node, or what is left of one; see ``server/moving.py``."""
     home: str = ""
@@ -412,6 +416,12 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Those of the agent's configuration; each registration replaces them."""
     set_taints: tuple[Taint, ...] = ()
     """Those that users have set."""
+    fencing: NodeFencing | None = None
+    """As its agent told it last; None for one that cannot fence."""
+    disarmed: str = ""
+    """Why a user has switched its fencing off; empty where nobody has."""
+    loss: NodeLoss | None = None
+    """While it is OFFLINE."""
     v: int = SCHEMA_VERSION
 
     @property

@@ -21,6 +21,7 @@
       spread: [app=web@hypervisor/zone]
       restart: on-failure      # never, always; more in :mod:`.manifest_restart`
       move: {strategy: stop, healthy_after: 10s, allow_disk_loss: true}
+      availability: {on_node_loss: reschedule, on_partition: stop}
 
 What only machines have is in :mod:`.manifest_machine`.
 """
@@ -41,11 +42,14 @@ from hypervisor.ctl.selectors import Condition, add_selector, parse_selector, se
 from hypervisor.ctl.terms import affinity_of, spread_of, toleration_of
 from hypervisor.v1.instance_pb2 import (
     AffinityTerm,
+    Availability,
     DesiredState,
     Instance,
     InstanceSpec,
     InstanceType,
     MoveStrategy,
+    OnNodeLoss,
+    OnPartition,
     PlacementPolicy,
     SpreadTerm,
     Toleration,
@@ -69,8 +73,7 @@ _SPEC_KEYS = (
         "kernel_args",
     ),
     *("command", "env", "working_dir", "pids_limit", "node_selector", "placement_policy", "node"),
-    *("tolerations", "affinity", "anti_affinity", "spread"),
-    "move",
+    *("tolerations", "affinity", "anti_affinity", "spread", "availability", "move"),
     *MACHINE_KEYS,
     "restart",
 )
@@ -181,10 +184,23 @@ class _Reader:
                 read_restart(self, child, path, spec)
             elif key == "move":
                 self._move(child, path, spec)
+            elif key == "availability":
+                self._availability(child, path, spec.availability)
             elif key in MACHINE_KEYS:
                 read_machine(self, key, child, path, spec)
             else:
                 add_selector(instance, self.converted(child, path, parse_selector, ()))
+
+    def _availability(self, node: yaml.Node, path: str, availability: Availability) -> None:
+        keys = self.mapping(node, path, ("on_node_loss", "on_partition"))
+        if "on_node_loss" in keys:
+            availability.on_node_loss = self.enum(
+                keys["on_node_loss"], f"{path}.on_node_loss", OnNodeLoss, "ON_NODE_LOSS_", OnNodeLoss.values
+            )
+        if "on_partition" in keys:
+            availability.on_partition = self.enum(
+                keys["on_partition"], f"{path}.on_partition", OnPartition, "ON_PARTITION_", OnPartition.values
+            )
 
     def each(self, node: yaml.Node, path: str, read: Callable[[yaml.Node, str], Any]) -> list[Any]:
         if not isinstance(node, yaml.SequenceNode):

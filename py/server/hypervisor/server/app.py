@@ -113,6 +113,7 @@ async def run_server(
                 scheduler_seed=settings.scheduler.seed,
                 allocation=settings.scheduler.allocation_rules(),
                 penalty_half_life_s=settings.scheduler.penalty_half_life,
+                losses=settings.reconcile.limits(),
                 reconciler=ReconcilerSettings(
                     retention_s=settings.operations.retention,
                     nodes=NodeReconcilerSettings(

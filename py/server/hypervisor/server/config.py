@@ -14,6 +14,7 @@ from hypervisor.core.settings import Address, ByteSize, Duration, Section, Setti
 from hypervisor.core.states import PlacementPolicy
 from hypervisor.core.tls import ClientAuth, ClientTls, ServerTls
 from hypervisor.server.ledger import AllocationRules
+from hypervisor.server.reconcile.losses import LossLimits
 from hypervisor.server.scheduler.options import DEFAULT_WEIGHTS, SchedulerOptions
 from hypervisor.server.store.config import EtcdTls, StoreConfig
 
@@ -150,6 +151,54 @@ class HeartbeatSection(Section):
         return self
 
 
+class ReconcileSection(Section):
+    """Comparing what nodes have with what the records want of them, and what is done about lost nodes."""
+
+    interval: Duration = pydantic.Field(
+        default=60.0,
+        ge=1,
+        description="How often each node is asked for all it has, besides when its agent registers.",
+    )
+    orphan_grace: Duration = pydantic.Field(
+        default=600.0,
+        ge=0,
+        description="How long an instance on a node is left alone of which there is no record at all, before it is "
+        "deleted. Raise it before the store is restored from a backup.",
+    )
+    fence_margin: Duration = pydantic.Field(
+        default=5.0,
+        ge=2,
+        le=600,
+        description="After `heartbeat.timeout`, what a lost node is given to have stopped what it has to, before that "
+        "is started elsewhere.",
+    )
+    max_moves: int = pydantic.Field(
+        default=10,
+        ge=1,
+        le=10_000,
+        description="How many instances of lost nodes are placed elsewhere at once.",
+    )
+    brake_share: float = pydantic.Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="When more than this share of a zone's or the cluster's nodes, where it has at least 3, is lost "
+        "within `brake_window`, nothing is moved off them by itself: it looks like a partition. 1: never.",
+    )
+    brake_window: Duration = pydantic.Field(
+        default=600.0, gt=0, le=86_400, description="Losses this close to one another are counted together."
+    )
+
+    def limits(self) -> LossLimits:
+        """For the reconciler."""
+        return LossLimits(
+            margin_s=self.fence_margin,
+            brake_share=self.brake_share,
+            brake_window_s=self.brake_window,
+            max_moves=self.max_moves,
+        )
+
+
 class OvercommitSection(Section):
     """How much more may be reserved than there is."""
 
@@ -273,22 +322,6 @@ class OperationsSection(Section):
     )
 
 
-class ReconcileSection(Section):
-    """Comparing what nodes have with what the records want of them."""
-
-    interval: Duration = pydantic.Field(
-        default=60.0,
-        ge=1,
-        description="How often each node is asked for all it has, besides when its agent registers.",
-    )
-    orphan_grace: Duration = pydantic.Field(
-        default=600.0,
-        ge=0,
-        description="How long an instance on a node is left alone of which there is no record at all, before it is "
-        "deleted. Raise it before the store is restored from a backup.",
-    )
-
-
 class AgentsSection(Section):
     """Calls from this server to the agents."""
 
@@ -391,7 +424,18 @@ class ServerSettings(Settings):
     """Configuration of hypervisor-server."""
 
     foreign_sections: ClassVar[frozenset[str]] = frozenset(
-        {"agent", "node", "console", "drivers", "containerd", "images", "libvirt", "machines", "microvm"}
+        {
+            "agent",
+            "node",
+            "console",
+            "drivers",
+            "fencing",
+            "containerd",
+            "images",
+            "libvirt",
+            "machines",
+            "microvm",
+        }
     )
 
     server: ServerSection = ServerSection()

@@ -31,11 +31,15 @@ from hypervisor.server.membership import Membership
 from hypervisor.server.moves import MoveService
 from hypervisor.server.node_facts import ServerFacts
 from hypervisor.server.nodes import NodeService
+from hypervisor.server.old_copies import OldCopies
 from hypervisor.server.operations import OperationService, Waiters
 from hypervisor.server.placement import Placer
 from hypervisor.server.placement_health import PlacementHealth
 from hypervisor.server.reconcile.loop import Reconciler, ReconcilerSettings
+from hypervisor.server.reconcile.loss_keeper import LossKeeper
+from hypervisor.server.reconcile.losses import LossLimits
 from hypervisor.server.reconcile.node_loop import NodeReconciler
+from hypervisor.server.replacing import Replacer
 from hypervisor.server.scheduler.contract import Scheduler
 from hypervisor.server.services import HeartbeatTimes, Instances, Nodes, Operations
 from hypervisor.server.store.storage import Storage
@@ -72,6 +76,7 @@ class ControlPlaneSettings:
     view: ViewSettings = field(default_factory=ViewSettings)
     executor: ExecutorSettings = field(default_factory=ExecutorSettings)
     reconciler: ReconcilerSettings = field(default_factory=ReconcilerSettings)
+    losses: LossLimits = field(default_factory=LossLimits)
 
 
 class ControlPlane:
@@ -228,6 +233,12 @@ class ControlPlane:
             rules=settings.allocation,
             settings=settings.reconciler.nodes,
         )
+        replacer = Replacer(
+            placer, self.view, self.committer, self.executor, clock, new_id=new_id, server_id=server_id
+        )
+        nodes.preview = replacer.preview
+        self.old_copies = OldCopies(self.committer, agents, clock, rng=rng)
+        nodes.on_unexpected = self.old_copies.found
         self.reconciler = Reconciler(
             storage,
             self.view,
@@ -238,6 +249,7 @@ class ControlPlane:
             server_id=server_id,
             settings=settings.reconciler,
             duties=(drains.run,),
+            losses=LossKeeper(self.view, self.committer, replacer, clock, limits=settings.losses),
         )
 
     async def ready(self) -> None:
@@ -260,3 +272,4 @@ class ControlPlane:
             group.create_task(self.executor.run(), name="executor")
             group.create_task(self.membership.run(), name="membership")
             group.create_task(self.reconciler.run(), name="reconciler")
+            group.create_task(self.old_copies.run(), name="old-copies")

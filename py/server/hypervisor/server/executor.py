@@ -73,7 +73,7 @@ class ExecutorSettings:
         match verb:
             case "move":
                 base = self.stop_s + self.create_s + self.start_s
-            case "create" | "recreate" | "suspend" | "create-snapshot" | "restore-snapshot":
+            case "create" | "recreate" | "replace" | "suspend" | "create-snapshot" | "restore-snapshot":
                 # All of these may move as much data as a disk or a memory holds.
                 base = self.create_s
             case "start":
@@ -499,7 +499,7 @@ async def _call(
 ) -> Observation | bool:
     grace_s = operation.grace_period_s or 0.0
     match operation.verb:
-        case "create" | "recreate" | "adopt":
+        case "create" | "recreate" | "replace" | "adopt":
             start = instance.desired is DesiredState.RUNNING
             return await agent.create(instance, context, start=start, images=images(instance))
         case "start":

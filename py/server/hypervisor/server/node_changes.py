@@ -5,10 +5,11 @@ from typing import Protocol
 
 from msgspec import structs
 
+from hypervisor.core.availability import FencingState, InstanceLoss, NodeFencing, NodeLoss
 from hypervisor.core.errors import AlreadyExists, FailedPrecondition, NotFound
 from hypervisor.core.model import Allocation, Instance, Node, Observation, Taint
 from hypervisor.core.names import MAX_TAINTS
-from hypervisor.core.states import DesiredState, InstanceStatus, NodeStatus, TaintEffect, can_move
+from hypervisor.core.states import ACTIVE, DesiredState, InstanceStatus, NodeStatus, TaintEffect, can_move
 from hypervisor.server import keys
 from hypervisor.server.adopting import adopt_placement
 from hypervisor.server.drafts import Draft
@@ -19,9 +20,12 @@ from hypervisor.server.services import NodeRegistration
 from hypervisor.server.store.storage import Compare
 
 __all__ = [
+    "NODE_LOST",
     "check_not_draining",
+    "fencing_told",
     "fold_observation",
     "incarnation_mismatch",
+    "loses_sight",
     "mark_lost",
     "mark_missing",
     "mark_offline",
@@ -29,10 +33,18 @@ __all__ = [
     "node_not_found",
     "record_cordon",
     "record_deregistration",
+    "record_disarming",
+    "record_evacuation",
+    "record_fencing",
     "record_registration",
     "record_taint",
     "record_untaint",
 ]
+
+
+NODE_LOST = "NODE_LOST"
+_RUNS = ACTIVE | {InstanceStatus.SCHEDULED, InstanceStatus.CREATING, InstanceStatus.UNKNOWN}
+"""States in which something that was wanted to run did so, or was about to, when its node was lost."""
 
 
 class _Change(Protocol):
@@ -73,6 +85,8 @@ def record_registration(draft: Draft, registration: NodeRegistration, *, lease_i
         simulated=registration.simulated,
         own_taints=registration.taints,
         set_taints=() if old is None else old.set_taints,
+        fencing=fencing_told(old, registration.fencing),
+        disarmed="" if old is None else old.disarmed,
     )
     draft.put(keys.node(node.id), node)
     draft.put(keys.node_lease(node.id), NodeLease(incarnation=node.incarnation), lease_id=lease_id)
@@ -265,6 +279,7 @@ def mark_offline(draft: Draft, node_id: str, *, fence: Compare) -> bool:
             found.value,
             status=NodeStatus.OFFLINE,
             status_message="nothing was heard from its agent for heartbeat.timeout",
+            loss=NodeLoss(since=draft.now),
             updated_at=draft.now,
         ),
     )
@@ -281,20 +296,74 @@ def mark_unknown(draft: Draft, instance_id: str, *, fence: Compare) -> bool:
     node = draft.get(keys.node(instance.node_id))
     if node is None or node.value.status is not NodeStatus.OFFLINE:
         return False
-    wanted = instance.desired is not DesiredState.DELETED and instance.status is not InstanceStatus.UNKNOWN
-    if not wanted or not can_move(instance.status, InstanceStatus.UNKNOWN):
+    if not loses_sight(instance):
         return False
+    lost = instance.lost
+    if lost is None and instance.desired is DesiredState.RUNNING and instance.status in _RUNS:
+        lost = InstanceLoss(since=draft.now, node_id=instance.node_id)
     draft.put(
         keys.instance(instance_id),
         structs.replace(
             instance,
             status=InstanceStatus.UNKNOWN,
-            status_reason="NODE_LOST",
+            status_reason=NODE_LOST,
             status_message=f"its node {node.value.hostname} is offline",
+            lost=lost,
             updated_at=draft.now,
         ),
     )
     return True
+
+
+def loses_sight(instance: Instance) -> bool:
+    """Whether an instance, whose node is OFFLINE and which no operation holds, is still to be noted as UNKNOWN."""
+    if instance.desired is DesiredState.DELETED:
+        return False
+    if instance.status is InstanceStatus.UNKNOWN:
+        return instance.status_reason != NODE_LOST
+    return can_move(instance.status, InstanceStatus.UNKNOWN)
+
+
+def fencing_told(node: Node | None, told: NodeFencing | None) -> NodeFencing | None:
+    """What is recorded of what an agent tells of its fencing. While it is switched off it counts as off, whatever the
+    agent says: it may not have heard of it, and whether it has is not to be guessed once it is switched on again."""
+    if node is None or not node.disarmed or told is None:
+        return told
+    return NodeFencing(state=FencingState.DISARMED, reason=told.reason)
+
+
+def record_fencing(draft: Draft, node_id: str, incarnation: str, told: NodeFencing | None) -> None:
+    """Take in what an agent tells of its fencing."""
+    found = draft.get(keys.node(node_id))
+    if found is None or found.value.incarnation != incarnation:
+        return
+    fencing = fencing_told(found.value, told)
+    if fencing != found.value.fencing:
+        draft.put(keys.node(node_id), structs.replace(found.value, fencing=fencing, updated_at=draft.now))
+
+
+def record_disarming(draft: Draft, node: Node, *, why: str) -> None:
+    """Switch its fencing off (``why``) or on (empty)."""
+    if node.disarmed == why:
+        return
+    fencing = node.fencing
+    if why and fencing is not None:
+        fencing = NodeFencing(state=FencingState.DISARMED, reason=fencing.reason)
+    draft.put(keys.node(node.id), structs.replace(node, disarmed=why, fencing=fencing, updated_at=draft.now))
+
+
+def record_evacuation(draft: Draft, node: Node, *, principal: str) -> None:
+    """The node is dead: ``principal`` knows. FailedPrecondition (``NODE_READY``) for one that is heard of."""
+    if draft.get(keys.node_lease(node.id)) is not None or node.loss is None:
+        raise FailedPrecondition(
+            f"node {node.hostname} is not lost: drain it instead, or stop its agent and wait until the node is "
+            "offline",
+            reason="NODE_READY",
+            metadata={"node_id": node.id},
+        )
+    if not node.loss.evacuated_by:
+        loss = structs.replace(node.loss, held="", evacuated_by=principal)
+        draft.put(keys.node(node.id), structs.replace(node, loss=loss, updated_at=draft.now))
 
 
 def node_not_found(node: str) -> NotFound:

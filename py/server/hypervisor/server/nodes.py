@@ -12,10 +12,12 @@ from functools import partial
 import structlog
 from msgspec import structs
 
+from hypervisor.core.availability import NodeFencing
 from hypervisor.core.clock import Clock
 from hypervisor.core.errors import FailedPrecondition, HypervisorError, NotFound
 from hypervisor.core.model import (
     DriverInfo,
+    Instance,
     InstanceStats,
     InstancesUsage,
     Node,
@@ -25,7 +27,7 @@ from hypervisor.core.model import (
     Taint,
 )
 from hypervisor.core.resources import Resources
-from hypervisor.core.states import TaintEffect
+from hypervisor.core.states import DesiredState, TaintEffect
 from hypervisor.server import keys
 from hypervisor.server.committer import GroupCommitter
 from hypervisor.server.drafts import Decision, Draft
@@ -33,12 +35,16 @@ from hypervisor.server.ledger import AllocationRules
 from hypervisor.server.moving import forget_leftover
 from hypervisor.server.node_changes import (
     check_not_draining,
+    fencing_told,
     fold_observation,
     incarnation_mismatch,
     mark_missing,
     node_not_found,
     record_cordon,
     record_deregistration,
+    record_disarming,
+    record_evacuation,
+    record_fencing,
     record_registration,
     record_taint,
     record_untaint,
@@ -53,6 +59,7 @@ from hypervisor.server.services import (
     NodePlacements,
     NodeRegistration,
     NodeUsage,
+    PlannedMove,
     Versioned,
 )
 from hypervisor.server.store.storage import OutcomeUnknown, Storage
@@ -94,6 +101,10 @@ class NodeService:
         self._usage: dict[str, NodeUsage] = {}
         """With the time of the heartbeat in the place of its age."""
         self._stats: dict[str, dict[str, InstanceStats]] = {}
+        self.on_unexpected: Callable[[str, Sequence[Observation]], None] = lambda _node, _seen: None
+        """Told of what nodes report and should not have."""
+        self.preview: Callable[[Instance], str] = lambda instance: instance.node_id
+        """Where an instance would be placed anew."""
         view.add_listener(self._forget_gone)
 
     async def register(self, registration: NodeRegistration) -> tuple[Versioned[Node], HeartbeatTimes]:
@@ -114,7 +125,8 @@ class NodeService:
         await self._observe_all(node.id, registration.observations, authoritative=restarted)
         await self._mark_missing(node.id, registration.observations)
         await self._view.wait_revision(decided.revision)
-        return self._committer.find(keys.node(node.id)) or Versioned(node, decided.revision), self._times
+        found = self._committer.find(keys.node(node.id)) or Versioned(node, decided.revision)
+        return found, replace(self._times, disarmed=bool(found.value.disarmed))
 
     async def heartbeat(
         self,
@@ -125,6 +137,7 @@ class NodeService:
         *,
         usage: InstancesUsage,
         images: Sequence[str] = (),
+        fencing: NodeFencing | None = None,
     ) -> HeartbeatTimes:
         node = self._present(node_id, incarnation)
         try:
@@ -140,7 +153,9 @@ class NodeService:
         self._facts.heard(node_id, resources, digests=images[:_IMAGES_TAKEN])
         if _differs(node.capacity, resources.capacity):
             await self._committer.commit(lambda draft: _record_capacity(draft, node_id, resources.capacity))
-        return self._times
+        if fencing_told(node, fencing) != node.fencing:
+            await self._committer.commit(lambda draft: record_fencing(draft, node_id, incarnation, fencing))
+        return replace(self._times, disarmed=bool(node.disarmed))
 
     async def update_status(
         self,
@@ -210,6 +225,42 @@ class NodeService:
             mutation,
             resource_version,
             lambda draft, found: record_untaint(draft, found.value, key=key, effect=effect),
+        )
+
+    async def evacuate(
+        self, node: str, mutation: Mutation, *, resource_version: int
+    ) -> Versioned[OperationRecord]:
+        return await self._at_once(
+            "evacuate",
+            node,
+            mutation,
+            resource_version,
+            lambda draft, found: record_evacuation(draft, found.value, principal=mutation.caller.principal),
+        )
+
+    def plan_evacuation(self, node: str) -> tuple[PlannedMove, ...]:
+        found = self.resolve(node).value
+        placed = sorted((i.value for i in self._view.instances_on(found.id)), key=lambda i: i.name)
+        return tuple(self._planned(instance) for instance in placed)
+
+    def _planned(self, instance: Instance) -> PlannedMove:
+        if instance.desired is DesiredState.DELETED:
+            return PlannedMove(instance.id, instance.name, reason="it is being deleted: it is forgotten")
+        try:
+            return PlannedMove(instance.id, instance.name, self.preview(instance))
+        except HypervisorError as exc:
+            return PlannedMove(instance.id, instance.name, reason=exc.message)
+
+    async def set_fencing(
+        self, node: str, mutation: Mutation, *, armed: bool, reason: str, resource_version: int
+    ) -> Versioned[OperationRecord]:
+        why = "" if armed else f"switched off by {mutation.caller.principal}{f': {reason}' if reason else ''}"
+        return await self._at_once(
+            "arm" if armed else "disarm",
+            node,
+            mutation,
+            resource_version,
+            lambda draft, found: record_disarming(draft, found.value, why=why),
         )
 
     def resolve(self, node: str, *, resource_version: int = 0) -> Versioned[Node]:
@@ -310,6 +361,9 @@ class NodeService:
             seen.instance_id for seen, known in zip(observations, expected, strict=True) if not known
         )
         if unexpected:
+            self.on_unexpected(
+                node_id, [seen for seen, known in zip(observations, expected, strict=True) if not known]
+            )
             log.warning("unexpected_instances", node_id=node_id, instance_ids=unexpected[:20])
         return unexpected
 

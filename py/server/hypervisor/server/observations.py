@@ -130,6 +130,7 @@ def _merge(instance: Instance, seen: Observation, *, now: datetime) -> Instance 
         runtime=seen.runtime or instance.runtime,
         runtime_reason=seen.runtime_reason if seen.runtime else instance.runtime_reason,
         restarts=seen.restarts or instance.restarts,
+        lost=None,
     )
     if merged == instance:
         return None

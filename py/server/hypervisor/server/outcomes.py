@@ -43,6 +43,7 @@ _WANTED = {
     InstanceStatus.STOPPED: DesiredState.STOPPED,
 }
 _FAILED_REASONS = {
+    "replace": "REPLACE_FAILED",
     "start": "START_FAILED",
     "restart": "RESTART_FAILED",
     "delete": "DELETE_FAILED",
@@ -164,7 +165,7 @@ def progress(
     """Say how far a slow operation is; an instance that is being made or started shows as CREATING."""
     operation = driven_operation(draft, operation_id, server_id=server_id)
     instance = _held(draft, operation)
-    making = operation.verb in ("create", "start")
+    making = operation.verb in ("create", "replace", "start")
     if instance is not None and making and can_move(instance.status, InstanceStatus.CREATING):
         draft.put(
             keys.instance(instance.id),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import msgspec
 
+from hypervisor.core.availability import NodeFencing
 from hypervisor.core.consoles import ConsoleOptions, LogOptions, LogPiece
 from hypervisor.core.machines import Snapshot, SnapshotKind
 from hypervisor.core.model import (
@@ -59,6 +60,7 @@ __all__ = [
     "NodeUsage",
     "Nodes",
     "Operations",
+    "PlannedMove",
     "StopOptions",
     "Versioned",
 ]
@@ -411,6 +413,7 @@ class NodeRegistration:
     simulated: bool
     observations: tuple[Observation, ...]
     taints: tuple[Taint, ...] = ()
+    fencing: NodeFencing | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -419,6 +422,18 @@ class HeartbeatTimes:
 
     interval_s: float
     timeout_s: float
+    disarmed: bool = False
+    """Of one node: it shall not fence itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedMove:
+    """Where an instance of a dead node would go; ``node_id`` empty: nowhere, and ``reason`` says why."""
+
+    instance_id: str
+    instance_name: str
+    node_id: str = ""
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -457,6 +472,7 @@ class Nodes(Protocol):
         *,
         usage: InstancesUsage,
         images: Sequence[str] = (),
+        fencing: NodeFencing | None = None,
     ) -> HeartbeatTimes:
         """A sign of life. ``stats`` may lack some of the node's instances: what was known of those stays.
         ``images``: digests of those the node has."""
@@ -492,6 +508,22 @@ class Nodes(Protocol):
     async def untaint(
         self, node: str, mutation: Mutation, *, key: str, effect: TaintEffect | None, resource_version: int
     ) -> Versioned[OperationRecord]: ...
+
+    async def evacuate(
+        self, node: str, mutation: Mutation, *, resource_version: int
+    ) -> Versioned[OperationRecord]:
+        """The caller knows that the lost node is dead: everything on it is placed elsewhere."""
+        ...
+
+    def plan_evacuation(self, node: str) -> tuple[PlannedMove, ...]:
+        """Where its instances would go, each as if it were the only one."""
+        ...
+
+    async def set_fencing(
+        self, node: str, mutation: Mutation, *, armed: bool, reason: str, resource_version: int
+    ) -> Versioned[OperationRecord]:
+        """Whether the node shall fence itself."""
+        ...
 
     def resolve(self, node: str, *, resource_version: int = 0) -> Versioned[Node]:
         """The node meant by an id or host name, from memory. NotFound (NODE_NOT_FOUND)."""

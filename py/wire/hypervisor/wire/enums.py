@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from hypervisor.core import machines, moves, restarts, states
+from hypervisor.core import availability, machines, moves, restarts, states
 from hypervisor.core.errors import InvalidArgument
 from hypervisor.core.images import ImageKind, ImageState
 from hypervisor.v1 import cluster_pb2, image_pb2, instance_pb2, node_pb2, operation_pb2
@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # the name exists in the type stubs only
 __all__ = [
     "DESIRED_STATE",
     "DRAIN_INSTANCE_STATE",
+    "FENCING_STATE",
     "FIRMWARE",
     "IMAGE_KIND",
     "IMAGE_STATE",
@@ -25,6 +26,8 @@ __all__ = [
     "MOVE_STRATEGY",
     "NODE_ROLE",
     "NODE_STATUS",
+    "ON_NODE_LOSS",
+    "ON_PARTITION",
     "OPERATION_STATE",
     "PLACEMENT_POLICY",
     "RESTART_CONDITION",
@@ -83,6 +86,9 @@ SNAPSHOT_KIND = EnumMap(machines.SnapshotKind, instance_pb2.SnapshotKind, "SNAPS
 MOVE_STRATEGY = EnumMap(moves.MoveStrategy, instance_pb2.MoveStrategy, "MOVE_STRATEGY")
 MOVE_PHASE = EnumMap(moves.MovePhase, instance_pb2.InstanceMove.Phase, "PHASE")
 DRAIN_INSTANCE_STATE = EnumMap(moves.MoveState, cluster_pb2.DrainInstance.State, "STATE")
+ON_NODE_LOSS = EnumMap(availability.OnNodeLoss, instance_pb2.OnNodeLoss, "ON_NODE_LOSS")
+ON_PARTITION = EnumMap(availability.OnPartition, instance_pb2.OnPartition, "ON_PARTITION")
+FENCING_STATE = EnumMap(availability.FencingState, node_pb2.FencingState, "FENCING_STATE")
 IMAGE_KIND = EnumMap(ImageKind, image_pb2.ImageKind, "IMAGE_KIND")
 IMAGE_STATE = EnumMap(ImageState, image_pb2.ImageState, "IMAGE_STATE")
 RESTART_CONDITION = EnumMap(restarts.RestartCondition, instance_pb2.RestartCondition, "RESTART_CONDITION")

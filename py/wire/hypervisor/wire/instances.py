@@ -4,6 +4,7 @@ from hypervisor.core.errors import InvalidArgument
 from hypervisor.core.model import Instance, InstanceSpec, InstanceStats, Observation
 from hypervisor.core.resources import cores, millicores
 from hypervisor.v1 import cluster_pb2, instance_pb2
+from hypervisor.wire.availability import availability_from_wire, availability_to_wire, loss_to_wire
 from hypervisor.wire.constraints import (
     affinity_from_wire,
     affinity_to_wire,
@@ -72,6 +73,7 @@ def spec_to_wire(spec: InstanceSpec) -> instance_pb2.InstanceSpec:
         microvm=microvm_to_wire(spec.microvm),
         restart=restart_policy_to_wire(spec.restart),
         move=policy_to_wire(spec.move),
+        availability=availability_to_wire(spec.availability),
     )
 
 
@@ -102,6 +104,7 @@ def spec_from_wire(spec: instance_pb2.InstanceSpec) -> InstanceSpec:
         microvm=microvm_from_wire(spec),
         restart=restart_policy_from_wire(spec),
         move=policy_from_wire(spec),
+        availability=availability_from_wire(spec),
     )
 
 
@@ -136,6 +139,7 @@ def instance_to_wire(
         restarts=restarts_to_wire(instance.restarts),
         move=move_to_wire(instance),
         home_node_id=instance.home,
+        lost=loss_to_wire(instance.lost),
     )
     if instance.exit_code is not None:
         message.exit_code = instance.exit_code

@@ -13,6 +13,7 @@ from hypervisor.core.model import (
 )
 from hypervisor.core.resources import Resources, cores, millicores
 from hypervisor.v1 import node_pb2
+from hypervisor.wire.availability import node_fencing_to_wire
 from hypervisor.wire.enums import INSTANCE_TYPE, NODE_ROLE, NODE_STATUS, TAINT_EFFECT
 from hypervisor.wire.stats import usage_to_wire
 from hypervisor.wire.times import timestamp_of
@@ -154,4 +155,5 @@ def node_to_wire(
         ),
         placement_health=health,
         drain=drain,
+        fencing=node_fencing_to_wire(node),
     )

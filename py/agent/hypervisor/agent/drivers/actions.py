@@ -19,6 +19,7 @@ from hypervisor.agent.drivers.guard import GuardedDriver
 from hypervisor.agent.drivers.health import DriverHealth
 from hypervisor.agent.drivers.instances import LocalInstances, Slot
 from hypervisor.agent.entries import Entry, Phase
+from hypervisor.agent.fencing.gate import Gate, OpenGate
 from hypervisor.agent.images.providing import ImageProvider, NoImages
 from hypervisor.core.errors import Cancelled, DeadlineExceeded, HypervisorError, NotFound, Unavailable
 from hypervisor.core.images import ImageKind
@@ -52,9 +53,15 @@ class Actions:
     """See the module's docstring. The caller holds the slot."""
 
     def __init__(
-        self, *, instances: LocalInstances, drivers: DriverHealth, images: ImageProvider | None = None
+        self,
+        *,
+        instances: LocalInstances,
+        drivers: DriverHealth,
+        images: ImageProvider | None = None,
+        gate: Gate | None = None,
     ) -> None:
         self._instances = instances
+        self._gate: Gate = gate or OpenGate()
         self._drivers = drivers
         self._images: ImageProvider = images or NoImages()
         self._providing: dict[str, asyncio.Task[dict[str, LocalImage]]] = {}
@@ -74,14 +81,20 @@ class Actions:
             type=assignment.type,
             start=start,
             restart=assignment.spec.restart,
+            stops=assignment.spec.availability is not None and assignment.spec.availability.stops,
         )
+        if entry.stops:
+            self._gate.check(entry)
+            await self._gate.protect(slot.instance_id)
         await self._instances.journal.put(entry)
         slot.entry = entry
         return await self._finish_create(slot, entry, driver, resumed=False)
 
     async def start(self, slot: Slot, entry: Entry) -> Observation:
         """Start it; one that runs is left alone."""
+        self._gate.check(entry)
         driver = self._drivers.named(entry.driver)
+        entry = msgspec.structs.replace(entry, ended_by="")
         return await self._change(slot, entry, Phase.STARTING, lambda: driver.start(slot.instance_id))
 
     async def start_again(self, slot: Slot, entry: Entry) -> Observation:
@@ -105,10 +118,11 @@ class Actions:
 
     async def restart(self, slot: Slot, entry: Entry, *, grace_s: float) -> Observation:
         """Stop and start it."""
+        self._gate.check(entry)
         driver = self._drivers.named(entry.driver)
         return await self._change(
             slot,
-            msgspec.structs.replace(entry, grace_s=grace_s),
+            msgspec.structs.replace(entry, grace_s=grace_s, ended_by=""),
             Phase.RESTARTING,
             lambda: driver.restart(slot.instance_id, grace_s=grace_s),
         )
@@ -135,6 +149,20 @@ class Actions:
         self._instances.forget(slot)
         return existed
 
+    async def fence(self, slot: Slot, entry: Entry, *, why: str) -> None:
+        """Stop it by force, whatever was begun with it, and say why it ended."""
+        slot.entry = msgspec.structs.replace(entry, ended_by=why)
+        if entry.phase is Phase.READY:
+            await self.stop(slot, slot.entry, grace_s=0.0)
+        else:
+            # What was begun is finished, or found done, once the node may run it again.
+            self._instances.journal.put_soon(slot.entry)
+            await self._drivers.named(entry.driver).stop(slot.instance_id, grace_s=0.0)
+            self._instances.record(
+                slot, await self._drivers.named(entry.driver).get(slot.instance_id), answered=True
+            )
+        self._instances.announce(slot)
+
     async def ask(
         self,
         slot: Slot,
@@ -149,6 +177,7 @@ class Actions:
         Nothing of it is in the journal: it moves no instance between running and resting by halves that only the
         journal could tell apart. ``runs``: whether the instance is wanted to run afterwards; None: as before.
         """
+        self._gate.check(entry)
         driver = self._drivers.named(entry.driver)
         asked_at = self._instances.book.events_of(slot.instance_id)
         slot.busy = slot.changing = True
@@ -238,6 +267,8 @@ class Actions:
             seen = await driver.get(slot.instance_id) if resumed or not entry.start else None
             # A create that was cut off may have come as far as the start, and the instance may have ended since.
             if entry.start and (seen is None or seen.started_at is None):
+                # Looked at again: what came before may have taken long.
+                self._gate.check(entry)
                 seen = await driver.start(slot.instance_id)
             slot.entry = msgspec.structs.replace(entry, handle=dict(handle))
             self._ready(slot)
@@ -339,7 +370,9 @@ class Actions:
         seen = await driver.get(slot.instance_id)
         if self.settle_by(slot, seen):
             self._instances.record(slot, seen, answered=False)
-        elif entry.phase is Phase.STARTING:
+            return
+        self._gate.check(entry)
+        if entry.phase is Phase.STARTING:
             await self._redo(slot, driver, lambda: driver.start(slot.instance_id))
         else:
             await self._redo(slot, driver, lambda: driver.restart(slot.instance_id, grace_s=entry.grace_s))

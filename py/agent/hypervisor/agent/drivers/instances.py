@@ -22,6 +22,11 @@ from hypervisor.core.states import InstanceStatus
 
 __all__ = ["InstanceListener", "InstanceRef", "LocalInstances", "Slot"]
 
+_ENDED_BY = {
+    "FENCED": "stopped by its node, from which no server heard for heartbeat.timeout",
+    "NODE_RESTARTED": "its node was started anew",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class InstanceRef:
@@ -258,7 +263,12 @@ class LocalInstances:
         entry = slot.entry
         assert entry is not None
         seen = msgspec.structs.replace(seen, generation=entry.generation, epoch=entry.epoch)
-        if not slot.changing:
+        if entry.ended_by and seen.status in (InstanceStatus.STOPPED, InstanceStatus.FAILED):
+            seen = msgspec.structs.replace(
+                seen, status=InstanceStatus.STOPPED, reason=entry.ended_by, message=_ENDED_BY[entry.ended_by]
+            )
+        if not slot.changing and entry.ended_by != "FENCED":
+            # What was fenced is started again by the servers, who know whether it runs elsewhere.
             entry, seen = judge(entry, seen, now=self.clock.now(), rng=self._rng)
             slot.entry = entry
         kept, new = self.book.event(seen) if event else self.book.record(seen)

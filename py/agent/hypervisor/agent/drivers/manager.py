@@ -23,6 +23,7 @@ from hypervisor.agent.drivers.instances import InstanceRef, LocalInstances, Slot
 from hypervisor.agent.drivers.recovery import Recovery
 from hypervisor.agent.drivers.restarting import Restarter
 from hypervisor.agent.entries import Entry, Phase
+from hypervisor.agent.fencing.gate import Gate, OpenGate
 from hypervisor.agent.images.providing import ImageProvider
 from hypervisor.agent.stats.sources import StatsSource
 from hypervisor.core.clock import Clock
@@ -54,12 +55,14 @@ class Manager:
         clock: Clock,
         rng: random.Random,
         images: ImageProvider | None = None,
+        gate: Gate | None = None,
     ) -> None:
         self._instances = instances
         self._drivers = drivers
         self._clock = clock
         self._rng = rng
-        self._actions = Actions(instances=instances, drivers=drivers, images=images)
+        self._gate: Gate = gate or OpenGate()
+        self._actions = Actions(instances=instances, drivers=drivers, images=images, gate=self._gate)
         self._recovery = Recovery(instances=instances, drivers=drivers, actions=self._actions)
         self._restarter = Restarter(instances=instances, drivers=drivers, actions=self._actions, clock=clock)
         self._told: set[str] = set()
@@ -156,6 +159,15 @@ class Manager:
             return True
 
         return await self._act(ref.instance_id, work)
+
+    async def fence(self, instance_id: str, *, why: str) -> None:
+        """Stop an instance by force, because it must not run here now; nothing where the gate is open again."""
+
+        async def work(slot: Slot) -> None:
+            if slot.entry is not None and self._gate.closed:
+                await self._actions.fence(slot, slot.entry, why=why)
+
+        await self._act(instance_id, work)
 
     async def update(self, ref: InstanceRef, sizes: Sizes) -> Observation:
         """Give it more or less of the node."""

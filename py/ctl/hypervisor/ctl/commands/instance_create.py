@@ -19,7 +19,15 @@ from hypervisor.ctl.manifest_restart import CONDITIONS, condition_of
 from hypervisor.ctl.options import NAME, connected, formatted, project_option, waiting
 from hypervisor.ctl.terms import affinity_of, spread_of, toleration_of
 from hypervisor.v1.compute_pb2 import CreateInstanceRequest
-from hypervisor.v1.instance_pb2 import DesiredState, Instance, InstanceType, LabelConstraint, PlacementPolicy
+from hypervisor.v1.instance_pb2 import (
+    DesiredState,
+    Instance,
+    InstanceType,
+    LabelConstraint,
+    OnNodeLoss,
+    OnPartition,
+    PlacementPolicy,
+)
 
 if TYPE_CHECKING:
     from hypervisor.v1.operation_pb2 import Operation
@@ -53,6 +61,8 @@ _DESCRIBING = frozenset(
         "affinity",
         "anti_affinity",
         "spread",
+        "on_node_loss",
+        "on_partition",
         "stopped",
         "restart",
         "max_restarts",
@@ -136,6 +146,17 @@ _DESCRIBING = frozenset(
     type=click.IntRange(1, 1_000_000),
     help="Most restarts in a row. Default: no limit.",
 )
+@click.option(
+    "--on-node-loss",
+    type=click.Choice(["never", "reschedule", "restart-in-place"]),
+    help="When its node is lost: leave it (never, the default), make it anew on another node, or start it again once "
+    "its node is back.",
+)
+@click.option(
+    "--on-partition",
+    type=click.Choice(["stay", "stop"]),
+    help="When its node hears from no server: run on (the default), or be stopped (always with reschedule).",
+)
 @click.option("--stopped", is_flag=True, help="Make it and leave it stopped.")
 @click.option("--dry-run", is_flag=True, help="Check everything and choose a node, but make nothing.")
 @waiting
@@ -170,6 +191,8 @@ def create(
     spread: Sequence[str],
     restart: str | None,
     max_restarts: int | None,
+    on_node_loss: str | None,
+    on_partition: str | None,
     stopped: bool,
     dry_run: bool,
     wait: bool,
@@ -221,6 +244,12 @@ def create(
         spec.affinity.extend(collected.each(partial(affinity_of, "spec.affinity"), affinity))
         spec.anti_affinity.extend(collected.each(partial(affinity_of, "spec.anti_affinity"), anti_affinity))
         spec.spread.extend(collected.each(partial(spread_of, "spec.spread"), spread))
+        if on_node_loss:
+            spec.availability.on_node_loss = OnNodeLoss.Value(
+                f"ON_NODE_LOSS_{on_node_loss.replace('-', '_').upper()}"
+            )
+        if on_partition:
+            spec.availability.on_partition = OnPartition.Value(f"ON_PARTITION_{on_partition.upper()}")
         collected.take(partial(add_machine_options, instance, machine), None)
         if restart is not None:
             spec.restart.condition = condition_of("spec.restart.condition", restart)

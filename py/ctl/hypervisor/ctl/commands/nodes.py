@@ -1,4 +1,4 @@
-"""``node``: list, get, cordon, uncordon, taint, untaint, drain, deregister."""
+"""``node``: list, get, cordon, uncordon, taint, untaint, drain, evacuate, fencing, deregister."""
 
 from collections.abc import Sequence
 
@@ -17,6 +17,7 @@ from hypervisor.v1.cluster_pb2 import (
     DeregisterNodeRequest,
     GetNodeRequest,
     ListNodesRequest,
+    SetNodeFencingRequest,
     TaintNodeRequest,
     UncordonNodeRequest,
     UntaintNodeRequest,
@@ -243,3 +244,86 @@ def deregister(invocation: Invocation, *, nodes: Sequence[str], resource_version
 
 
 node.add_command(drain)
+
+
+@node.command("evacuate")
+@_node
+@click.option(
+    "--confirm-dead",
+    is_flag=True,
+    help="You know that nothing runs on the node any more: it is switched off, or its disks are gone.",
+)
+@click.option("--dry-run", is_flag=True, help="Show where its instances would go, but change nothing.")
+@_version
+@formatted
+@connected
+@pass_invocation
+def evacuate(
+    invocation: Invocation, *, node: str, confirm_dead: bool, dry_run: bool, resource_version: int | None
+) -> None:
+    """Place the instances of a dead node elsewhere, whatever their policy.
+
+    For a node that is offline and will not come back as it was. Instances are made anew on other nodes, some at once;
+    what was on the dead node alone (disks, snapshots) is lost. Those that fit nowhere wait. If the node is not dead,
+    they run twice until it is heard of again. Afterwards it can be removed with 'node deregister'.
+    """
+    from hypervisor.ctl.commands.node_losses import evacuate_node
+
+    evacuate_node(
+        invocation,
+        node,
+        confirm_dead=confirm_dead,
+        dry_run=dry_run,
+        resource_version=resource_version or 0,
+    )
+
+
+@node.group("fencing")
+def fencing() -> None:
+    """Whether nodes stop by themselves what could be started elsewhere when no server hears from them."""
+
+
+@fencing.command("disarm")
+@_nodes
+@click.option("--reason", metavar="TEXT", default="", help="Shown to others.")
+@_version
+@formatted
+@connected
+@pass_invocation
+def disarm(
+    invocation: Invocation, *, nodes: Sequence[str], reason: str, resource_version: int | None
+) -> None:
+    """Switch fencing of nodes off, for work on the network: nothing is stopped, and nothing is moved.
+
+    It is in effect once 'node get' shows the fencing as disarmed, with the node's next heartbeat.
+    """
+    session = invocation.session()
+    tasks = [
+        Task(
+            name,
+            session.cluster.SetNodeFencing,
+            SetNodeFencingRequest(node=name, reason=reason, resource_version=resource_version or 0),
+        )
+        for name in nodes
+    ]
+    run_tasks(invocation, tasks, done="will disarm its fencing with the next heartbeat")
+
+
+@fencing.command("arm")
+@_nodes
+@_version
+@formatted
+@connected
+@pass_invocation
+def arm(invocation: Invocation, *, nodes: Sequence[str], resource_version: int | None) -> None:
+    """Switch fencing of nodes on again."""
+    session = invocation.session()
+    tasks = [
+        Task(
+            name,
+            session.cluster.SetNodeFencing,
+            SetNodeFencingRequest(node=name, armed=True, resource_version=resource_version or 0),
+        )
+        for name in nodes
+    ]
+    run_tasks(invocation, tasks, done="will arm its fencing with the next heartbeat")

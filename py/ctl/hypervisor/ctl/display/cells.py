@@ -190,8 +190,20 @@ def node_status(node: "Node") -> str:
     status = enum_name(NodeStatus.Name(node.status), "NODE_STATUS_")
     if not node.schedulable and status == "ready":
         status = f"{status},cordoned"
+    if status == "ready" and fencing(node).startswith("disarmed"):
+        status = f"{status},disarmed"
     failing = node.placement_health.failures
     return f"{status},placements fail" if failing >= _FAILURES_SHOWN else status
+
+
+def fencing(node: "Node") -> str:
+    """Whether the node fences itself; what is not in effect yet stands beside it."""
+    from hypervisor.v1.node_pb2 import FencingState
+
+    state = enum_name(FencingState.Name(node.fencing.state), "FENCING_STATE_")
+    if node.fencing.disarm_requested and state != "disarmed":
+        return f"{state or 'none'},to be disarmed"
+    return state
 
 
 def placements(node: "Node") -> str:

@@ -151,6 +151,7 @@ def node_columns(now_s: float) -> "list[Column[Node]]":
         Column("AGE", lambda n: cells.since(n.created_at, now_s), right=True),
         Column("ID", lambda n: n.id, wide=True),
         Column("TAINTS", lambda n: ", ".join(map(cells.taint, n.taints)), wide=True, shrinks=True),
+        Column("FENCING", cells.fencing, wide=True),
         Column("ADDRESS", lambda n: f"{n.address}:{n.port}", wide=True),
         Column(
             "CPU USED",

@@ -130,6 +130,10 @@ def instance_details(instance: "Instance", *, node: "Node | None", now_s: float)
             ("Moves", cells.move(instance)),
             ("Home", instance.home_node_id),
             ("To be moved", cells.move_policy(instance.spec)),
+            ("On node loss", _on_node_loss(instance)),
+            ("On partition", _on_partition(instance)),
+            ("Node lost", _moment(instance.lost.since, now_s)),
+            ("Waits because", instance.lost.waiting),
             ("Created", _moment(instance.created_at, now_s)),
             ("Started", _moment(instance.started_at, now_s)),
             ("Finished", _moment(instance.finished_at, now_s)),
@@ -138,6 +142,18 @@ def instance_details(instance: "Instance", *, node: "Node | None", now_s: float)
         ]
     )
     return "\n".join([lines, *_lacking(instance, node)])
+
+
+def _on_node_loss(instance: "Instance") -> str:
+    from hypervisor.v1.instance_pb2 import OnNodeLoss
+
+    return cells.enum_name(OnNodeLoss.Name(instance.spec.availability.on_node_loss), "ON_NODE_LOSS_")
+
+
+def _on_partition(instance: "Instance") -> str:
+    from hypervisor.v1.instance_pb2 import OnPartition
+
+    return cells.enum_name(OnPartition.Name(instance.spec.availability.on_partition), "ON_PARTITION_")
 
 
 def _driver_of(instance: "Instance", node: "Node") -> "DriverInfo | None":
@@ -172,6 +188,11 @@ def node_details(node: "Node", *, now_s: float) -> str:
             ("Id", node.id),
             ("Status", cells.node_status(node)),
             ("Message", node.status_message),
+            ("Fencing", cells.fencing(node)),
+            ("Fencing message", node.fencing.reason),
+            ("Offline", _moment(node.fencing.offline_since, now_s)),
+            ("Moves held", node.fencing.moves_held),
+            ("Evacuated by", node.fencing.evacuated_by),
             ("Schedulable", "yes" if node.schedulable else "no"),
             ("Simulated", "yes: its instances are not real" if node.simulated else ""),
             ("Role", cells.enum_name(NodeRole.Name(node.role), "NODE_ROLE_")),
@@ -315,6 +336,7 @@ def cluster_details(info: "ClusterInfo", *, now_s: float) -> str:
                 count(f"{info.instances[k]} {k}" for k in sorted(info.instances) if info.instances[k])
                 or "none",
             ),
+            ("Moves held", info.moves_held),
             ("CPU reserved", cells.used_of(held.cpu_cores, has.cpu_cores)),
             ("Memory reserved", cells.memory_of(held.memory_bytes, has.memory_bytes)),
             ("Disk reserved", cells.memory_of(held.disk_bytes, has.disk_bytes)),

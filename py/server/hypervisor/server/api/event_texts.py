@@ -79,6 +79,9 @@ def describe_node(previous: Node | None, current: Node | None) -> Text:
             why = f": {current.status_message}" if current.status_message else ""
             return "NODE_OFFLINE", f"node {name} is not heard of any more{why}"
         return f"NODE_{current.status.name}", f"node {name} is {current.status.value}"
+    told = _loss_text(previous, current)
+    if told is not None:
+        return told
     if previous.incarnation != current.incarnation:
         return "NODE_AGENT_RESTARTED", f"the agent of node {name} was started anew"
     if previous.drivers != current.drivers:
@@ -90,6 +93,24 @@ def describe_node(previous: Node | None, current: Node | None) -> Text:
     if previous.capacity != current.capacity:
         return "NODE_CAPACITY_CHANGED", f"the capacity of node {name} changed"
     return "NODE_UPDATED", f"node {name} was updated"
+
+
+def _loss_text(previous: Node, current: Node) -> Text | None:
+    """What was decided about a lost node, or about fencing."""
+    name = current.hostname
+    before, loss = previous.loss, current.loss
+    if loss is not None and loss.evacuated_by and not (before and before.evacuated_by):
+        return "NODE_EVACUATED", f"node {name} is dead, says {loss.evacuated_by}: its instances are moved"
+    if loss is not None and loss.held and not (before and before.held):
+        return "NODE_MOVES_HELD", f"nothing is moved off node {name}: {loss.held}"
+    if previous.disarmed != current.disarmed:
+        if current.disarmed:
+            return "NODE_FENCING_DISARMED", f"fencing of node {name}: {current.disarmed}"
+        return "NODE_FENCING_ARMED", f"fencing of node {name} was switched on"
+    if previous.fencing != current.fencing and current.fencing is not None:
+        why = f": {current.fencing.reason}" if current.fencing.reason else ""
+        return "NODE_FENCING_CHANGED", f"node {name} is {current.fencing.state.value}{why}"
+    return None
 
 
 def describe_operation(previous: OperationRecord | None, current: OperationRecord | None) -> Text:

@@ -9,6 +9,7 @@ from hypervisor.core.ids import is_id
 from hypervisor.core.images import IMAGE_PREFIX, image_name_of
 from hypervisor.core.names import check_dns_label, check_labels, shorten
 from hypervisor.core.states import DesiredState, InstanceType
+from hypervisor.server.api.availability_requests import check_availability
 from hypervisor.server.api.machine_requests import check_machine
 from hypervisor.server.api.move_requests import check_move_policy
 from hypervisor.server.api.placement_requests import check_placement
@@ -70,6 +71,7 @@ _OUTPUT_ONLY = (
     "restarts",
     "move",
     "home_node_id",
+    "lost",
 )
 _MACHINE_FIELDS = ("kernel_path", "initrd_path", "kernel_args")
 _CONTAINER_FIELDS = ("command", "env", "working_dir", "pids_limit")
@@ -173,6 +175,7 @@ def _check_spec(
     check_placement(wrong, spec, at)
     check_restart(wrong, spec, at)
     check_move_policy(wrong, spec, at)
+    check_availability(wrong, spec, at)
     if spec.placement_policy != 0 and PLACEMENT_POLICY.from_wire(spec.placement_policy) is None:
         wrong.add(f"{at}placement_policy", "is not known: use SPREAD or BINPACK, or leave it empty")
     if len(spec.node) > MAX_OBJECT_NAME:

@@ -12,6 +12,7 @@ from hypervisor.server.api.placement_requests import taints_of
 from hypervisor.server.api.violations import Violations
 from hypervisor.server.services import NodeRegistration
 from hypervisor.v1 import cluster_pb2, instance_pb2, node_pb2
+from hypervisor.wire.availability import fencing_from_wire
 from hypervisor.wire.enums import NODE_ROLE
 from hypervisor.wire.instances import observation_from_wire
 from hypervisor.wire.nodes import driver_from_wire, resources_from_wire
@@ -90,6 +91,7 @@ def registration_of(request: cluster_pb2.RegisterNodeRequest) -> NodeRegistratio
         simulated=node.simulated,
         observations=observations,
         taints=taints,
+        fencing=fencing_from_wire(node.fencing),
     )
 
 

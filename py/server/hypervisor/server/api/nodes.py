@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
+from hypervisor.core.errors import FailedPrecondition
 from hypervisor.core.model import Allocation, Node, NodeResources, OperationRecord
 from hypervisor.core.states import NodeRole, NodeStatus
 from hypervisor.server.api.digest import payload_digest
@@ -23,6 +24,7 @@ from hypervisor.server.api.rpc import Call, Handler
 from hypervisor.server.api.violations import Violations
 from hypervisor.server.services import ClusterView, Mutation, Nodes, Versioned
 from hypervisor.v1 import cluster_pb2, node_pb2, operation_pb2
+from hypervisor.wire.availability import fencing_from_wire
 from hypervisor.wire.enums import TAINT_EFFECT
 from hypervisor.wire.nodes import reservation_to_wire, resources_to_wire, taint_from_wire
 from hypervisor.wire.times import duration_of, timestamp_of
@@ -36,6 +38,8 @@ _NodeRequest = (
     | cluster_pb2.UncordonNodeRequest
     | cluster_pb2.TaintNodeRequest
     | cluster_pb2.UntaintNodeRequest
+    | cluster_pb2.EvacuateNodeRequest
+    | cluster_pb2.SetNodeFencingRequest
 )
 _MAX_REASON_CHARACTERS = 256
 
@@ -128,6 +132,8 @@ class NodeHandlers:
             "UncordonNode": self.uncordon,
             "TaintNode": self.taint,
             "UntaintNode": self.untaint,
+            "EvacuateNode": self.evacuate,
+            "SetNodeFencing": self.set_fencing,
         }
 
     async def register(
@@ -157,9 +163,12 @@ class NodeHandlers:
             samples,
             usage=usage,
             images=request.image_digests,
+            fencing=fencing_from_wire(request.fencing),
         )
         return cluster_pb2.HeartbeatResponse(
-            heartbeat_interval=duration_of(times.interval_s), heartbeat_timeout=duration_of(times.timeout_s)
+            heartbeat_interval=duration_of(times.interval_s),
+            heartbeat_timeout=duration_of(times.timeout_s),
+            fencing_disarmed=times.disarmed,
         )
 
     async def update_status(
@@ -226,6 +235,7 @@ class NodeHandlers:
             resources=resources_to_wire(total),
             reservation=reservation_to_wire(reserved),
             started_at=timestamp_of(self._about.started_at),
+            moves_held=next((n.loss.held for n in nodes if n.loss is not None and n.loss.held), ""),
         )
 
     async def cordon(self, request: cluster_pb2.CordonNodeRequest, call: Call) -> operation_pb2.Operation:
@@ -295,6 +305,55 @@ class NodeHandlers:
         return self._answer(
             await self._nodes.deregister(
                 node, _mutation(request, call), resource_version=request.resource_version
+            )
+        )
+
+    async def evacuate(
+        self, request: cluster_pb2.EvacuateNodeRequest, call: Call
+    ) -> cluster_pb2.EvacuateNodeResponse:
+        wrong = Violations()
+        node = _target(request, wrong)
+        wrong.check()
+        moves = [
+            cluster_pb2.PlannedMove(
+                instance_id=move.instance_id,
+                instance_name=move.instance_name,
+                node_id=move.node_id,
+                reason=move.reason,
+            )
+            for move in self._nodes.plan_evacuation(node)
+        ]
+        if request.dry_run:
+            return cluster_pb2.EvacuateNodeResponse(moves=moves)
+        if not request.confirm_dead:
+            raise FailedPrecondition(
+                f"node {node}: what runs there would run twice if the node is not dead: make sure that it is switched "
+                "off, then say so (confirm_dead)",
+                reason="CONFIRM_DEAD_REQUIRED",
+                metadata={"node": node},
+            )
+        operation = await self._nodes.evacuate(
+            node, _mutation(request, call), resource_version=request.resource_version
+        )
+        return cluster_pb2.EvacuateNodeResponse(operation=self._answer(operation), moves=moves)
+
+    async def set_fencing(
+        self, request: cluster_pb2.SetNodeFencingRequest, call: Call
+    ) -> operation_pb2.Operation:
+        wrong = Violations()
+        node = _target(request, wrong)
+        if len(request.reason) > _MAX_REASON_CHARACTERS:
+            wrong.add(
+                "reason", f"is {len(request.reason)} characters long: use at most {_MAX_REASON_CHARACTERS}"
+            )
+        wrong.check()
+        return self._answer(
+            await self._nodes.set_fencing(
+                node,
+                _mutation(request, call),
+                armed=request.armed,
+                reason=request.reason,
+                resource_version=request.resource_version,
             )
         )
 

@@ -150,6 +150,11 @@ class ClusterMetrics(Collector):
         )
         yield from self._amounts()
         yield GaugeMetricFamily(
+            "hypervisor_nodes_held",
+            "Lost nodes off which nothing is moved, as too many were lost together.",
+            value=sum(bool(n.value.loss and n.value.loss.held) for n in view.nodes()),
+        )
+        yield GaugeMetricFamily(
             "hypervisor_server_leader",
             "Whether this server does the cluster's singleton work.",
             value=float(self._leading()),

@@ -9,7 +9,8 @@ from datetime import datetime, timedelta
 
 from hypervisor.core.images import Image, ImageState
 from hypervisor.core.model import Instance, Node, OperationRecord
-from hypervisor.core.states import TRANSITIONAL, DesiredState, InstanceStatus, NodeStatus, can_move
+from hypervisor.core.states import TRANSITIONAL, DesiredState, InstanceStatus, NodeStatus
+from hypervisor.server.node_changes import loses_sight
 from hypervisor.server.verbs import LED
 
 __all__ = [
@@ -145,8 +146,7 @@ def _instances(instances: Iterable[Instance], nodes: dict[str, Node]) -> Iterato
             if not offline:
                 yield RemoveLeftover(instance.id)
         elif offline:
-            known = instance.status is not InstanceStatus.UNKNOWN
-            if known and can_move(instance.status, InstanceStatus.UNKNOWN):
+            if loses_sight(instance):
                 yield MarkUnknown(instance.id)
         elif instance.status is InstanceStatus.UNKNOWN or instance.status in TRANSITIONAL:
             to_inspect[node.id] = None

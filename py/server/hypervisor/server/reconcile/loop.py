@@ -31,6 +31,7 @@ from hypervisor.server.reconcile.decide import (
     decide,
 )
 from hypervisor.server.reconcile.history import HistoryKeeper
+from hypervisor.server.reconcile.loss_keeper import LossKeeper
 from hypervisor.server.reconcile.node_loop import NodeReconciler, NodeReconcilerSettings
 from hypervisor.server.services import ClusterChange, Kind, Versioned
 from hypervisor.server.store.storage import Compare, Election, Storage
@@ -77,6 +78,7 @@ class Reconciler:
         server_id: str,
         settings: ReconcilerSettings | None = None,
         duties: Sequence[Duty] = (),
+        losses: LossKeeper | None = None,
     ) -> None:
         self._storage = storage
         self._view = view
@@ -87,6 +89,7 @@ class Reconciler:
         self._server_id = server_id
         self._settings = settings or ReconcilerSettings()
         self._duties = tuple(duties)
+        self._losses = losses
         self._changed = asyncio.Event()
         self._leading = False
         self._next_purge = clock.monotonic()
@@ -160,6 +163,8 @@ class Reconciler:
             async with asyncio.TaskGroup() as group:
                 for action in actions[start : start + _PARALLEL]:
                     group.create_task(self._act(action, fence))
+        if self._losses is not None:
+            await self._losses.step(fence)
         return actions
 
     async def _forget_history(self, history: HistoryKeeper) -> None:
