@@ -67,6 +67,20 @@ async def test_without_a_server_only_what_asks_for_it_is_stopped_and_nothing_of_
         assert await _status(agent, stays.ref.id) == RUNNING
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await agent.stub.StartInstance(agent_pb2.StartInstanceRequest(ref=stops.ref))
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        with pytest.raises(grpc.aio.AioRpcError, match="no server has heard"):
+            await agent.stub.CreateInstance(_create())
+
+        known = server.nodes[agent.node_id]
+        before = len(known.heartbeats)
+        await server.start()
+        told = await until(lambda: _told(known.instances, stops.ref.id), what="the end is told")
+        assert told.reason == "FENCED"
+        await until(
+            lambda: any(b.fencing.state == node_pb2.FENCING_STATE_ARMED for b in known.heartbeats[before:]),
+            what="it is armed again",
+        )
+        await agent.stub.StartInstance(agent_pb2.StartInstanceRequest(ref=stops.ref))
         assert await _status(agent, stops.ref.id) == RUNNING
 
 
