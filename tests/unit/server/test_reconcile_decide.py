@@ -105,7 +105,10 @@ def test_a_node_without_a_lease_is_offline() -> None:
 def test_instances_of_an_offline_node_are_unknown() -> None:
     offline = [node(status=NodeStatus.OFFLINE)]
     assert decided(nodes=offline, instances=[instance()], alive=()) == (MarkUnknown("i-1"),)
-    assert decided(nodes=offline, instances=[instance(S.UNKNOWN)], alive=()) == ()
+    known = instance(S.UNKNOWN, status_reason="NODE_LOST")
+    assert decided(nodes=offline, instances=[known], alive=()) == ()
+    for_another_reason = instance(S.UNKNOWN, status_reason="NODE_UNREACHABLE")
+    assert decided(nodes=offline, instances=[for_another_reason], alive=()) == (MarkUnknown("i-1"),)
     held = instance(S.STOPPING, operation_id="op-1")
     assert decided(nodes=offline, instances=[held], alive=()) == ()
 
