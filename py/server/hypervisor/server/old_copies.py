@@ -65,6 +65,8 @@ class OldCopies:
         found = self._committer.find(keys.instance(seen.instance_id))
         if found is None or found.value.node_id == node_id or found.value.epoch <= seen.epoch:
             return None
+        if found.value.move is not None:
+            return None  # whoever moves it removes what is left of it
         return structs.replace(found.value, node_id=node_id, epoch=seen.epoch, generation=seen.generation)
 
     async def _delete(self, node_id: str, seen: Observation, key: tuple[str, str, int]) -> None:
