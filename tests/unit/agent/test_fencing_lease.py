@@ -1,5 +1,6 @@
 """Until when servers count on a node, and what its gate makes of it."""
 
+import os
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -204,12 +205,15 @@ def test_marks_are_those_that_were_made_last(tmp_path: Path) -> None:
     assert marked(tmp_path) == {"i-b", "i-c"}
 
 
-def _process(proc: Path, pid: int, *, cgroup: str, command: str, state: str = "S") -> None:
+def _process(
+    proc: Path, pid: int, *, cgroup: str, command: str, state: str = "S", started_s: int = 50
+) -> None:
     directory = proc / str(pid)
     directory.mkdir(parents=True)
     (directory / "cgroup").write_text(cgroup)
     (directory / "cmdline").write_bytes(command.replace(" ", "\0").encode())
-    (directory / "stat").write_text(f"{pid} (a) b) {state} 1 1")
+    ticks = started_s * os.sysconf("SC_CLK_TCK")
+    (directory / "stat").write_text(f"{pid} (a) b) {state} {' '.join('0' * 18)} {ticks} 0 0")
 
 
 def test_processes_are_found_by_their_control_group_or_as_virtual_machine_monitors(tmp_path: Path) -> None:
@@ -221,7 +225,8 @@ def test_processes_are_found_by_their_control_group_or_as_virtual_machine_monito
     _process(tmp_path, 14, cgroup="0::/\n", command=f"hypervisor-ctl instance stop {ID}")
     _process(tmp_path, 15, cgroup=f"0::/hypervisor/{other}\n", command="sh")
     _process(tmp_path, 16, cgroup=f"0::/hypervisor/{ID}/nested\n", command="")
+    _process(tmp_path, 18, cgroup=f"0::/elsewhere/{ID}\n", command="sh", started_s=101)
     (tmp_path / "self").mkdir()
     (tmp_path / "17").mkdir()
 
-    assert processes_of({ID}, proc=tmp_path) == {10: ID, 12: ID, 16: ID}
+    assert processes_of({ID}, started_before_s=100.0, proc=tmp_path) == {10: ID, 12: ID, 16: ID}

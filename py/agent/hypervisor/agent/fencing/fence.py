@@ -9,7 +9,7 @@ import structlog
 
 from hypervisor.agent.drivers.instances import LocalInstances, Slot
 from hypervisor.agent.entries import Entry, Phase
-from hypervisor.agent.fencing.killing import kill_instances
+from hypervisor.agent.fencing.killing import MARGIN_S, kill_instances
 from hypervisor.agent.fencing.lease import Lease
 from hypervisor.agent.fencing.marks import Marks
 from hypervisor.core.availability import FencingState, NodeFencing
@@ -137,6 +137,10 @@ class Fence:
         return min(max(left_s, 0.02), _LOOK_S) if left_s > 0 else _LOOK_S
 
 
+def _kill(instance_ids: frozenset[str], started_before_s: float) -> frozenset[str]:
+    return kill_instances(instance_ids, started_before_s=started_before_s)
+
+
 class Fencing:
     """Stops what must not run. ``stop``: the manager's way, through the runtime."""
 
@@ -148,9 +152,10 @@ class Fencing:
         instances: LocalInstances,
         stop: Callable[[str], Awaitable[object]],
         clock: Clock,
-        kill: Callable[[frozenset[str]], frozenset[str]] = kill_instances,
+        kill: Callable[[frozenset[str], float], frozenset[str]] = _kill,
     ) -> None:
         self._fence = fence
+        self._lease = lease
         self._instances = instances
         self._stop = stop
         self._clock = clock
@@ -191,7 +196,7 @@ class Fencing:
         await asyncio.wait([self._stopping[instance_id] for instance_id in running], timeout=_RUNTIME_S)
         left = frozenset(self._running())
         if left and self._fence.closed:
-            remaining = await asyncio.to_thread(self._kill, left)
+            remaining = await asyncio.to_thread(self._kill, left, self._lease.until_s + MARGIN_S)
             _log.warning("fence_killed", instances=sorted(left)[:20], count=len(left), left=len(remaining))
         for instance_id, task in tuple(self._stopping.items()):
             if task.done():

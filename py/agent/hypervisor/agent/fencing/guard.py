@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hypervisor.agent.fencing.contact import CONTACT, Contact, boot_id, read_contact
-from hypervisor.agent.fencing.killing import kill_instances, processes_of
+from hypervisor.agent.fencing.killing import MARGIN_S, kill_instances, processes_of
 from hypervisor.agent.fencing.marks import marked
 
 __all__ = ["AFTER_S", "LOCK", "is_due", "main"]
@@ -70,19 +70,20 @@ def _guard(directory: Path) -> None:
         if marks:
             idle_since = _now_s()
             contact = read_contact(directory / CONTACT) or contact
-            if is_due(contact, boot=boot, now_s=_now_s()) and not _kill(marks):
+            due = is_due(contact, boot=boot, now_s=_now_s())
+            if due and contact is not None and not _kill(marks, contact.until_s + MARGIN_S):
                 time.sleep(_DONE_S)
         elif _now_s() - idle_since > _IDLE_S:
             return
         time.sleep(_LOOK_S)
 
 
-def _kill(marks: frozenset[str]) -> bool:
+def _kill(marks: frozenset[str], started_before_s: float) -> bool:
     """Whether there was anything to kill."""
-    found = processes_of(marks)
+    found = processes_of(marks, started_before_s=started_before_s)
     if not found:
         return False
-    left = kill_instances(marks)
+    left = kill_instances(marks, started_before_s=started_before_s)
     names = sorted(set(found.values()))
     print(
         f"guard_fenced at={time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} instances={','.join(names[:50])} "
