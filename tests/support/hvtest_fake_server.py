@@ -129,6 +129,31 @@ class FakeServer(
 
         return self._operate(method, verb, "node", request, context, act)
 
+    def EvacuateNode(self, request: Any, context: Any) -> cluster_pb2.EvacuateNodeResponse:
+        node = self._node(request.node, context)
+        moves = [
+            cluster_pb2.PlannedMove(instance_id="i-1", instance_name="web", node_id=node.id),
+            cluster_pb2.PlannedMove(instance_id="i-2", instance_name="db", reason="no node fits"),
+        ]
+        if request.dry_run:
+            self._enter("EvacuateNode", request, context)
+            return cluster_pb2.EvacuateNodeResponse(moves=moves)
+
+        def act(operation: operation_pb2.Operation) -> None:
+            operation.object_id, operation.object_name = node.id, node.hostname
+
+        done = self._operate("EvacuateNode", "evacuate", "node", request, context, act)
+        return cluster_pb2.EvacuateNodeResponse(operation=done, moves=moves)
+
+    def SetNodeFencing(self, request: Any, context: Any) -> operation_pb2.Operation:
+        node = self._node(request.node, context)
+
+        def act(operation: operation_pb2.Operation) -> None:
+            node.fencing.disarm_requested = not request.armed
+            operation.object_id, operation.object_name = node.id, node.hostname
+
+        return self._operate("SetNodeFencing", "fencing", "node", request, context, act)
+
     def DeregisterNode(self, request: Any, context: Any) -> operation_pb2.Operation:
         node = self._node(request.node, context)
 
