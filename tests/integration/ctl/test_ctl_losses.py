@@ -3,12 +3,8 @@
 from hypervisor.v1 import instance_pb2, node_pb2
 
 
-def _hostname(ctl):
-    return ctl("node", "list", "-o", "json").json[0]["hostname"]
-
-
 def test_evacuate_needs_a_word_or_shows_a_plan(ctl, server):
-    node = _hostname(ctl)
+    node = server.add_node("node-1").hostname
 
     refused = ctl("node", "evacuate", node)
     plan = ctl("node", "evacuate", node, "--dry-run")
@@ -24,7 +20,7 @@ def test_evacuate_needs_a_word_or_shows_a_plan(ctl, server):
 
 
 def test_fencing_is_switched_off_and_on_and_shown(ctl, server):
-    node = _hostname(ctl)
+    node = server.add_node("node-1").hostname
     found = next(n for n in server.nodes.values() if n.hostname == node)
     found.fencing.state = node_pb2.FENCING_STATE_ARMED
 
