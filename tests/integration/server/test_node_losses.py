@@ -94,7 +94,7 @@ async def test_nothing_is_moved_before_the_node_has_had_the_time_to_fence_itself
             await until(lambda: named(plane).lost is not None and "given time" in named(plane).lost.waiting)  # type: ignore[union-attr]
 
             assert named(plane).node_id == joining.id
-            assert other_id not in agents.by_node
+            assert agent_of(agents, plane, other_id).holds() == set()
 
 
 @pytest.mark.parametrize("availability", [NEVER, RESTART, STOPS])
