@@ -17,7 +17,7 @@ _AT_ONCE = StopOptions(grace_s=0.0)
 
 
 async def test_heartbeats_write_nothing_to_the_store(storage: Storage) -> None:
-    joining = registration()
+    joining = registration(fencing=None)
     async with control_plane(storage, MemoryAgents()) as plane:
         node, times = await plane.nodes.register(joining)
         await until(lambda: plane.reconciler.leading)
