@@ -172,6 +172,10 @@ class StoreTruth:
             if instance.node_id in sums:
                 held, count = sums[instance.node_id]
                 sums[instance.node_id] = (held + instance.holds, count + 1)
+            elsewhere = instance.holds_elsewhere
+            if elsewhere is not None and elsewhere[0] in sums:
+                held, count = sums[elsewhere[0]]
+                sums[elsewhere[0]] = (held + elsewhere[1], count + 1)
         for node_id, (held, count) in sums.items():
             if not node_id:
                 continue

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar, cast
 
 import msgspec
 
-from hypervisor.core.errors import Conflict, ResourceExhausted
+from hypervisor.core.errors import Conflict, Internal, ResourceExhausted
 from hypervisor.core.model import encode
 from hypervisor.core.unknown_members import with_unknown
 from hypervisor.server.cluster_state import Update
@@ -248,7 +248,10 @@ class Draft:
             self.compares[path] = self._batch.known.mod_revision(path)
 
     def _put(self, key: RecordKey[T], value: T, lease_id: str) -> None:
-        known = self.peek(key)
+        try:
+            known = self.peek(key)
+        except Internal:
+            known = None  # One that cannot be read is replaced whole.
         write = _Write(value, lease_id, None if known is None else known.unknown)
         if len(write.data) > MAX_VALUE_BYTES:
             raise ResourceExhausted(
