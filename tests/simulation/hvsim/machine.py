@@ -14,7 +14,8 @@ from hvsim.network import Broken, Network, TooLate
 from hypervisor.agent.app import _Agent
 from hypervisor.agent.cluster_link import GrpcClusterLink, NodeDescription
 from hypervisor.agent.config import AgentSettings
-from hypervisor.agent.drivers.fake import FakeConfig, FakeDriver, _Instance
+from hypervisor.agent.drivers.fake import FakeConfig, FakeDriver
+from hypervisor.agent.drivers.fake_instance import FakeInstance
 from hypervisor.agent.drivers.guard import DriverDeadlines, GuardedDriver
 from hypervisor.agent.drivers.health import OfferedDriver
 from hypervisor.agent.drivers.registry import Drivers
@@ -93,12 +94,12 @@ class Runtime(FakeDriver):
         self._events.clear()
         self._event_waits = asyncio.Event()
 
-    def _boot(self, instance: _Instance, *, resumed: bool = False) -> None:
+    def _boot(self, instance: FakeInstance, *, resumed: bool = False) -> None:
         assignment = instance.record.assignment
         self._began(assignment.instance_id, assignment.epoch)
         super()._boot(instance, resumed=resumed)
 
-    def _end(self, instance: _Instance, exit_code: int | None, **how: Any) -> None:
+    def _end(self, instance: FakeInstance, exit_code: int | None, **how: Any) -> None:
         super()._end(instance, exit_code, **how)
         assignment = instance.record.assignment
         self._over(assignment.instance_id, assignment.epoch)

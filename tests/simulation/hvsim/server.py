@@ -149,10 +149,13 @@ class Server:
             view=plane.view,
             identity=plane.view,
             instances=plane.instances,
+            moves=plane.moves,
+            maintenance=plane.maintenance,
             nodes=plane.nodes,
             operations=plane.operations,
             images=plane.images,
             explainer=plane.explainer,
+            backups=plane.backups,
             clock=self.clock,
             about=About(version="simulated", store_backend="etcd", started_at=self.clock.now()),
         ).register(cast(Any, collected), cast(Any, collected))
