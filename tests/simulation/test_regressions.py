@@ -1,6 +1,7 @@
-"""Seeds that found a defect, each with what it was. ``hvsim/planted.py`` puts several of these back in, to see them found."""
+"""Seeds that found a defect, each with what it was. ``hvsim/planted.py`` puts several of them back in."""
 
 import pytest
+
 from hvsim.program import hvsim
 
 FOUND = {
