@@ -12,6 +12,7 @@ FOUND = {
     94: "a delete that a lost runtime refused, told of in one transaction with what the node saw",
     167: "a create was undone on record for a runtime that was away, although an attempt before had started the guest",
     170: "a registration under way overwrote what its agent had answered since: a running guest counted as failed",
+    239: "a refusal was believed after a conflict, although the view had lost the event that the conflict was about",
     236: "a create that came half way and could not be undone was taken for one that had begun nothing",
 }
 
