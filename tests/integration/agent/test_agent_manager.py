@@ -92,6 +92,46 @@ async def test_a_call_with_an_older_epoch_is_refused(tmp_path: Path, verb: str) 
         assert (await node.manager.look(wanted.instance_id)).status is InstanceStatus.RUNNING
 
 
+@pytest.mark.parametrize("was_here", [True, False])
+async def test_a_create_that_comes_after_the_delete_is_refused(tmp_path: Path, *, was_here: bool) -> None:
+    """Seed 64: the network had held it back. Also where the create never came before, and after a restart."""
+    wanted = assignment()
+    async with node_under_test(tmp_path) as node:
+        if was_here:
+            await node.manager.create(wanted, start=True)
+        assert await node.manager.delete(ref(wanted), grace_s=0.0) is was_here
+    async with node_under_test(tmp_path) as node:
+        with pytest.raises(FailedPrecondition) as caught:
+            await node.manager.create(wanted, start=True)
+
+        assert caught.value.reason == "STALE_EPOCH"
+        assert await node.manager.list() == ()
+
+
+async def test_a_create_that_failed_and_was_undone_may_be_asked_for_again(tmp_path: Path) -> None:
+    wanted = assignment()
+    async with node_under_test(tmp_path) as node:
+        node.driver.faults.fail("start", Internal("no"), times=1)
+        with pytest.raises(Internal):
+            await node.manager.create(wanted, start=True)
+
+        assert (await node.manager.create(wanted, start=True)).status is InstanceStatus.RUNNING
+
+
+async def test_a_create_that_cannot_be_undone_says_that_something_is_left(tmp_path: Path) -> None:
+    """Seed 236: its server must not take it for one that has begun nothing."""
+    async with node_under_test(tmp_path) as node:
+        gone = Unavailable("the runtime is away", reason="DRIVER_UNAVAILABLE")
+        node.driver.faults.fail("start", gone, times=1)
+        node.driver.faults.fail("delete", gone, times=1)
+
+        with pytest.raises(Unavailable) as caught:
+            await node.manager.create(assignment(), start=True)
+
+        assert caught.value.reason == "DRIVER_UNAVAILABLE"
+        assert caught.value.metadata["left"] == "true"
+
+
 async def test_an_older_epoch_stays_refused_after_the_delete_and_a_restart(tmp_path: Path) -> None:
     wanted = assignment(epoch=5)
     async with node_under_test(tmp_path) as node:

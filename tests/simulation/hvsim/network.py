@@ -149,6 +149,8 @@ class _Call:
             if not self._answer.done():
                 self._answer.cancel()
                 network.outside(network.delay_s(), self._cancel)
+            elif not self._answer.cancelled():
+                self._answer.exception()  # It may have come in the very moment in which the caller left.
 
     def _is_connected(self) -> bool:
         """Whether the other end would answer to a ping now."""

@@ -156,6 +156,7 @@ class Server:
             images=plane.images,
             backups=plane.backups,
             explainer=plane.explainer,
+            backups=plane.backups,
             clock=self.clock,
             about=About(version="simulated", store_backend="etcd", started_at=self.clock.now()),
         ).register(cast(Any, collected), cast(Any, collected))

@@ -23,6 +23,7 @@ from hypervisor.server.store.storage import (
     Committed,
     Compare,
     Conflicted,
+    Delete,
     Item,
     Operation,
     OutcomeUnknown,
@@ -302,3 +303,33 @@ async def test_what_waits_when_the_server_stops_is_told() -> None:
             await call
         assert stopped.value.reason == "SERVER_STOPPING"
     await store.aclose()
+
+
+async def test_nobody_is_refused_for_what_is_not_so_any_more() -> None:
+    """Seed 2: a server that was cut off took a name for taken that was free."""
+    async with committing() as (store, committer):
+        await committer.commit(claim("n", "a"))
+        store.before.append(Delete(keys.name("p", "n").path))
+
+        assert (await committer.commit(claim("n", "b"))).value == "b"
+
+
+async def test_a_refusal_while_the_store_is_away_is_unavailable() -> None:
+    async with committing() as (store, committer):
+        await committer.commit(claim("n", "a"))
+        store.error = Unavailable("away", reason="STORE_UNAVAILABLE")
+
+        with pytest.raises(Unavailable):
+            await committer.commit(claim("n", "b"))
+
+
+async def test_a_refusal_that_lost_a_conflict_rests_on_the_stores_answer_and_is_not_compared_again() -> None:
+    async with committing() as (store, committer):
+        await committer.commit(claim("n", "a"))
+        store.before.append(Put(keys.name("p", "n").path, encode(NameClaim(instance_id="c"))))
+        before = len(store.transactions)
+
+        with pytest.raises(AlreadyExists, match="c"):
+            await committer.commit(claim("n", "b"))
+
+        assert len(store.transactions) == before + 1

@@ -79,8 +79,8 @@ class _Entry:
     attempts: int = 0
     outcome: Any = None
     error: Exception | None = field(default=None)
-    asked: set[str] = field(default_factory=set)
-    """Keys of which the store has said, since this decision was asked for, what they hold."""
+    asked: dict[str, int] = field(default_factory=dict)
+    """Revisions of keys, as the store has told them since this decision was asked for. The view may have lost them."""
 
 
 class Knowledge:
@@ -276,7 +276,7 @@ class GroupCommitter:
                 self._tell(lane, CommitOutcome.CONFLICTED, started, decisions=len(entries))
                 self.known.learn_items(revision, current)
                 for entry in entries:
-                    entry.asked.update(current)
+                    entry.asked.update((k, 0 if i is None else i.mod_revision) for k, i in current.items())
                 if lane is Lane.PLACEMENTS:
                     await self._catch_up(revision)
                 await self._again(entries, queue)
@@ -301,7 +301,7 @@ class GroupCommitter:
                 entry.outcome = entry.decision(draft)
             except HypervisorError as exc:
                 entry.error = exc
-                if not draft.compares.keys() <= entry.asked and not batch.admit_refusal(draft):
+                if not draft.compares.items() <= entry.asked.items() and not batch.admit_refusal(draft):
                     break
             except Exception as exc:  # a defect in one decision must not end everybody's commits
                 log.exception("decision_failed")
