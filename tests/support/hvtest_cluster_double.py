@@ -4,7 +4,7 @@ Knows nodes by id and incarnation, refuses what the contract refuses, keeps ever
 node, to fail, or to be away.
 """
 
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,10 @@ class ClusterDouble:
         """Nodes are told not to fence themselves."""
         self.refuse: list[HypervisorError] = []
         """Errors of the next calls, whatever they are."""
+        self.streams_heartbeats = True
+        """False, before the start: a server that is too old for Heartbeats."""
+        self.heartbeat_streams = 0
+        """How many were opened."""
         self._server: grpc.aio.Server | None = None
         self._port = 0
 
@@ -97,17 +101,21 @@ class ClusterDouble:
             "Heartbeat": (self._heartbeat, cluster_pb2.HeartbeatRequest),
             "UpdateNodeStatus": (self._update, cluster_pb2.UpdateNodeStatusRequest),
         }
-        return grpc.method_handlers_generic_handler(
-            service.full_name,
-            {
-                name: grpc.unary_unary_rpc_method_handler(
-                    method,
-                    request_deserializer=request.FromString,
-                    response_serializer=lambda reply: reply.SerializeToString(),
-                )
-                for name, (method, request) in serve.items()
-            },
-        )
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            name: grpc.unary_unary_rpc_method_handler(
+                method,
+                request_deserializer=request.FromString,
+                response_serializer=lambda reply: reply.SerializeToString(),
+            )
+            for name, (method, request) in serve.items()
+        }
+        if self.streams_heartbeats:
+            handlers["Heartbeats"] = grpc.stream_stream_rpc_method_handler(
+                self._heartbeats,
+                request_deserializer=cluster_pb2.HeartbeatRequest.FromString,
+                response_serializer=lambda reply: reply.SerializeToString(),
+            )
+        return grpc.method_handlers_generic_handler(service.full_name, handlers)
 
     def forget(self) -> None:
         """Know no node any more, as after a lease that ended."""
@@ -162,6 +170,13 @@ class ClusterDouble:
             heartbeat_timeout=duration_of(3 * self.interval_s),
             fencing_disarmed=self.disarmed,
         )
+
+    async def _heartbeats(
+        self, requests: AsyncIterator[cluster_pb2.HeartbeatRequest], context: Any
+    ) -> AsyncIterator[cluster_pb2.HeartbeatResponse]:
+        self.heartbeat_streams += 1
+        async for request in requests:
+            yield await self._heartbeat(request, context)
 
     async def _update(
         self, request: cluster_pb2.UpdateNodeStatusRequest, context: Any

@@ -62,6 +62,42 @@ async def test_heartbeats_come_at_the_servers_interval_with_resources_and_sample
         assert all(beat.resources.cpu_cores >= 1 for beat in known.heartbeats)
 
 
+async def test_heartbeats_go_over_one_stream(server: ClusterDouble, start_agent: StartAgent) -> None:
+    async with start_agent() as agent:
+        known = server.nodes[agent.node_id]
+        await until(lambda: len(known.heartbeats) >= 4, what="heartbeats arrive")
+
+        assert server.heartbeat_streams == 1
+
+
+async def test_heartbeats_are_single_calls_to_a_server_that_is_too_old_for_the_stream(
+    server: ClusterDouble, start_agent: StartAgent
+) -> None:
+    await server.stop()
+    server.streams_heartbeats = False
+    await server.start()
+    async with start_agent() as agent:
+        known = server.nodes[agent.node_id]
+        await until(lambda: len(known.heartbeats) >= 2, what="heartbeats arrive")
+
+        assert (len(server.registrations), server.heartbeat_streams) == (1, 0)
+
+
+async def test_a_stream_of_heartbeats_that_broke_is_opened_again(
+    server: ClusterDouble, start_agent: StartAgent
+) -> None:
+    async with start_agent() as agent:
+        known = server.nodes[agent.node_id]
+        await until(lambda: known.heartbeats, what="heartbeats arrive")
+        server.refuse.append(Unavailable("the store is down", reason="STORE_UNAVAILABLE"))
+        await until(lambda: not server.refuse, what="a call is refused")
+        before = len(known.heartbeats)
+
+        await until(lambda: len(known.heartbeats) > before, what="heartbeats arrive again")
+
+        assert (len(server.registrations), server.heartbeat_streams) == (1, 2)
+
+
 async def test_the_node_keeps_its_id_and_gets_a_new_incarnation_with_each_start(
     server: ClusterDouble, start_agent: StartAgent
 ) -> None:

@@ -315,3 +315,25 @@ async def test_pages_of_instances_join_to_the_whole(server: WholeServer, agent: 
         compute_pb2.ListInstancesRequest(filter="name=i0*,status=running")
     )
     assert len(found.instances) == 7
+
+
+async def test_a_stream_of_heartbeats_ends_with_the_error_of_one_and_leaves_others_alone(
+    server: WholeServer, agent: WholeAgent
+) -> None:
+    nodes = await server.cluster.ListNodes(cluster_pb2.ListNodesRequest())
+    stream = server.cluster.Heartbeats()
+    stranger = cluster_pb2.HeartbeatRequest(
+        node_id=nodes.nodes[0].id, incarnation="another", resources=nodes.nodes[0].resources
+    )
+
+    await stream.write(stranger)
+    code, reason, _ = await refusal(stream.read())
+
+    assert (code, reason) == (Code.FAILED_PRECONDITION, "INCARNATION_MISMATCH")
+    # The agent's own stream goes on beside it.
+    async with asyncio.timeout(20):
+        while True:
+            found = await server.cluster.GetNode(cluster_pb2.GetNodeRequest(node=nodes.nodes[0].id))
+            if found.last_heartbeat_at.seconds:
+                break
+            await asyncio.sleep(0.05)

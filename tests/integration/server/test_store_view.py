@@ -304,6 +304,18 @@ async def test_events_that_the_watch_lost_are_repaired(faulty: FaultyWatch) -> N
         found = view.instance("i-2")
         assert found is not None
         assert (found.value.status, found.revision) == (InstanceStatus.STOPPED, 4)
+        assert view.repairs > 0
+
+
+async def test_to_catch_up_is_to_have_what_the_store_holds(faulty: FaultyWatch) -> None:
+    async with viewing(faulty) as view:
+        await commit(faulty, put(1))
+
+        await view.catch_up()
+
+        assert view.instance("i-1") is not None
+        assert view.repairs == 0
+        assert not await view.catch_up()
 
 
 async def test_a_repair_does_not_undo_what_came_meanwhile(faulty: FaultyWatch) -> None:

@@ -12,9 +12,10 @@ import grpc
 import grpc.aio
 import structlog
 
+from hypervisor.agent.cluster_link_heartbeats import HeartbeatStream
 from hypervisor.core.availability import NodeFencing
 from hypervisor.core.clock import Clock
-from hypervisor.core.errors import DeadlineExceeded, Unavailable
+from hypervisor.core.errors import DeadlineExceeded, HypervisorError, Unavailable
 from hypervisor.core.grpc_errors import from_rpc_error
 from hypervisor.core.model import (
     DriverInfo,
@@ -135,6 +136,7 @@ class GrpcClusterLink:
         self._current = 0
         self._channel: grpc.aio.Channel | None = None
         self._stub: cluster_pb2_grpc.ClusterServiceAsyncStub | None = None
+        self._heartbeats: HeartbeatStream | None = None
         self._switching = asyncio.Lock()
 
     @property
@@ -198,7 +200,7 @@ class GrpcClusterLink:
             image_digests=images,
             fencing=fencing_to_wire(fencing),
         )
-        answer = await self._call("Heartbeat", request, cluster_pb2.HeartbeatResponse)
+        answer = await self._beat(request)
         return HeartbeatTimes(
             seconds_of(answer.heartbeat_interval),
             seconds_of(answer.heartbeat_timeout),
@@ -224,6 +226,9 @@ class GrpcClusterLink:
     async def aclose(self) -> None:
         """Close the connection; idempotent."""
         channel, self._channel, self._stub = self._channel, None, None
+        heartbeats, self._heartbeats = self._heartbeats, None
+        if heartbeats is not None:
+            heartbeats.close()
         if channel is not None:
             await channel.close(grace=None)
 
@@ -233,11 +238,25 @@ class GrpcClusterLink:
         try:
             answer: R = await getattr(stub, method)(request, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.aio.AioRpcError as exc:
-            error = from_rpc_error(exc, peer=f"server {server}")
-            if isinstance(error, Unavailable | DeadlineExceeded):
-                await self._fail_over(server, error.reason)
-            raise error from exc
+            raise await self._failed(exc, server) from exc
         return answer
+
+    async def _beat(self, request: cluster_pb2.HeartbeatRequest) -> cluster_pb2.HeartbeatResponse:
+        server = self.server
+        stub = self._connect()
+        if self._heartbeats is None:
+            self._heartbeats = HeartbeatStream(stub, metadata=self._metadata)
+        try:
+            return await self._heartbeats.beat(request, timeout_s=self._timeout_s)
+        except grpc.aio.AioRpcError as exc:
+            raise await self._failed(exc, server) from exc
+
+    async def _failed(self, exc: grpc.aio.AioRpcError, server: str) -> HypervisorError:
+        """The error of a call to ``server``, after the next server was taken if that one failed."""
+        error = from_rpc_error(exc, peer=f"server {server}")
+        if isinstance(error, Unavailable | DeadlineExceeded):
+            await self._fail_over(server, error.reason)
+        return error
 
     def _connect(self) -> "cluster_pb2_grpc.ClusterServiceAsyncStub":
         if self._stub is None:

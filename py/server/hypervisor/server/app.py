@@ -131,6 +131,7 @@ async def run_server(
             usage=plane.nodes.usage,
             leading=lambda: plane.reconciler.leading,
             orphans=lambda: plane.node_reconciler.orphans,
+            repairs=lambda: plane.view.repairs,
         )
         plane.committer.on_commit(metrics.committed)
         Api(
@@ -146,6 +147,7 @@ async def run_server(
             backups=plane.backups,
             clock=clock,
             about=About(version=version, store_backend=settings.store.backend.value, started_at=clock.now()),
+            catch_up=plane.view.catch_up,
         ).register(server, dispatcher)
         api = ApiServer(server, port)
         readiness = _Readiness(plane)

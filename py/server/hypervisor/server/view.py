@@ -71,6 +71,7 @@ class StoreView:
         self._listeners: list[Listener] = []
         self._record_listeners: list[RecordListener] = []
         self._deleted: dict[str, int] | None = None
+        self._repairs = 0
         self._offered: dict[int, Iterable[Update]] = {}
         self._expected: dict[str, Mapping[str, tuple[bytes, msgspec.Struct]]] = {}
 
@@ -83,6 +84,11 @@ class StoreView:
     @property
     def stale(self) -> bool:
         return self._stale
+
+    @property
+    def repairs(self) -> int:
+        """How many records a comparison with the store had to mend, since the start: changes the watch never told."""
+        return self._repairs
 
     def find(self, key: RecordKey[T]) -> Versioned[T] | None:
         """Any record by its key. Raises ``Internal`` where there is one that cannot be read."""
@@ -194,6 +200,14 @@ class StoreView:
                 metadata={"revision": str(self.revision), "wanted": str(revision)},
                 retry_after_s=1.0,
             ) from None
+
+    async def catch_up(self) -> bool:
+        """Reach what the store holds now; whether something was missing. ``Unavailable`` where that cannot be had."""
+        newest = await self._storage.current_revision()
+        if newest <= self._state.revision:
+            return False
+        await self.wait_revision(newest)
+        return True
 
     def add_listener(self, listener: Listener) -> None:
         """Have ``listener`` called at once with every change. For this server's own parts: it must not raise."""
@@ -446,6 +460,7 @@ class StoreView:
         if updates and not caught_up and not repair_lag:
             return False
         if updates:
+            self._repairs += len(updates)
             log.error(
                 "view_repaired", revision=revision, keys=[u.path for u in updates[:20]], count=len(updates)
             )

@@ -1,6 +1,7 @@
 """ClusterService: nodes, the agents' side of them, and the cluster as a whole. Parses, calls, converts."""
 
 from collections import Counter
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
@@ -127,6 +128,7 @@ class NodeHandlers:
             "GetNode": self.get,
             "UpdateNodeStatus": self.update_status,
             "Heartbeat": self.heartbeat,
+            "Heartbeats": self.heartbeats,
             "GetClusterInfo": self.info,
             "CordonNode": self.cordon,
             "UncordonNode": self.uncordon,
@@ -170,6 +172,12 @@ class NodeHandlers:
             heartbeat_timeout=duration_of(times.timeout_s),
             fencing_disarmed=times.disarmed,
         )
+
+    async def heartbeats(
+        self, requests: AsyncIterator[cluster_pb2.HeartbeatRequest], call: Call
+    ) -> AsyncIterator[cluster_pb2.HeartbeatResponse]:
+        async for request in requests:
+            yield await self.heartbeat(request, call)
 
     async def update_status(
         self, request: cluster_pb2.UpdateNodeStatusRequest, call: Call

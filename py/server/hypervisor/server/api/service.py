@@ -15,6 +15,7 @@ from hypervisor.server.api.console import ConsoleHandlers
 from hypervisor.server.api.drains import DrainHandlers
 from hypervisor.server.api.encoding import Encoder
 from hypervisor.server.api.events import EventHandlers
+from hypervisor.server.api.fresh import CatchUp, looking_again
 from hypervisor.server.api.images import ImageHandlers
 from hypervisor.server.api.instance_states import InstanceStateHandlers
 from hypervisor.server.api.instances import InstanceHandlers
@@ -59,6 +60,7 @@ class Api:
     backups: Backups
     clock: Clock
     about: About
+    catch_up: CatchUp
 
     def register(self, server: grpc.aio.Server, dispatcher: Dispatcher) -> None:
         """Put every method of every service on the server."""
@@ -76,16 +78,18 @@ class Api:
         compute = (
             instances.handlers | states.handlers | console.handlers | placements.compute | moves.handlers
         )
+        services = (
+            (_COMPUTE, compute),
+            (_CLUSTER, nodes.handlers | events.handlers | placements.cluster | drains.cluster),
+            (_MAINTENANCE, drains.maintenance),
+            (_BACKUP, BackupHandlers(self.backups).handlers),
+            (_IMAGE, images.handlers),
+            (_OPERATION, operations.handlers),
+        )
         server.add_generic_rpc_handlers(
-            (
-                dispatcher.service(_COMPUTE, compute),
-                dispatcher.service(
-                    _CLUSTER, nodes.handlers | events.handlers | placements.cluster | drains.cluster
-                ),
-                dispatcher.service(_MAINTENANCE, drains.maintenance),
-                dispatcher.service(_BACKUP, BackupHandlers(self.backups).handlers),
-                dispatcher.service(_IMAGE, images.handlers),
-                dispatcher.service(_OPERATION, operations.handlers),
+            tuple(
+                dispatcher.service(service, looking_again(handlers, self.catch_up))
+                for service, handlers in services
             )
         )
 

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client import Counter as PrometheusCounter
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from hypervisor.core.states import InstanceStatus, NodeStatus, OperationState
@@ -97,9 +97,13 @@ class Metrics:
         usage: Callable[[str], NodeUsage | None],
         leading: Callable[[], bool],
         orphans: Callable[[], int],
+        repairs: Callable[[], int] = lambda: 0,
     ) -> None:
-        """Add the gauges of the cluster. ``usage``: measured use by a node's id; ``leading``: whether it leads."""
-        self.registry.register(ClusterMetrics(view, calls, usage=usage, leading=leading, orphans=orphans))
+        """Add the gauges of the cluster. ``usage``: measured use by a node's id; ``leading``: whether it leads;
+        ``repairs``: records that comparisons with the store mended."""
+        self.registry.register(
+            ClusterMetrics(view, calls, usage=usage, leading=leading, orphans=orphans, repairs=repairs)
+        )
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""
@@ -117,8 +121,10 @@ class ClusterMetrics(Collector):
         usage: Callable[[str], NodeUsage | None],
         leading: Callable[[], bool],
         orphans: Callable[[], int],
+        repairs: Callable[[], int],
     ) -> None:
         self._view = view
+        self._repairs = repairs
         self._calls = calls
         self._usage = usage
         self._leading = leading
@@ -166,6 +172,11 @@ class ClusterMetrics(Collector):
             "hypervisor_store_available",
             "Whether the store answers this server.",
             value=float(not view.stale),
+        )
+        yield CounterMetricFamily(
+            "hypervisor_view_repairs",
+            "Records that a comparison with the store had to mend, as the watch had not told their change.",
+            value=self._repairs(),
         )
         yield GaugeMetricFamily(
             "hypervisor_orphans",
