@@ -147,7 +147,6 @@ async def run_server(
             backups=plane.backups,
             clock=clock,
             about=About(version=version, store_backend=settings.store.backend.value, started_at=clock.now()),
-            catch_up=plane.view.catch_up,
         ).register(server, dispatcher)
         api = ApiServer(server, port)
         readiness = _Readiness(plane)

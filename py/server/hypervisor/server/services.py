@@ -142,6 +142,10 @@ class ClusterView(Protocol):
 
     def operations(self) -> Iterable[Versioned[OperationRecord]]: ...
 
+    async def catch_up(self) -> bool:
+        """Reach what the store holds now; whether something was missing. ``Unavailable`` where that cannot be had."""
+        ...
+
     async def wait_revision(self, revision: int) -> None:
         """Return once this view has seen ``revision``: read your own writes."""
         ...

@@ -15,7 +15,7 @@ from hypervisor.server.api.console import ConsoleHandlers
 from hypervisor.server.api.drains import DrainHandlers
 from hypervisor.server.api.encoding import Encoder
 from hypervisor.server.api.events import EventHandlers
-from hypervisor.server.api.fresh import CatchUp, looking_again
+from hypervisor.server.api.fresh import looking_again
 from hypervisor.server.api.images import ImageHandlers
 from hypervisor.server.api.instance_states import InstanceStateHandlers
 from hypervisor.server.api.instances import InstanceHandlers
@@ -60,7 +60,6 @@ class Api:
     backups: Backups
     clock: Clock
     about: About
-    catch_up: CatchUp
 
     def register(self, server: grpc.aio.Server, dispatcher: Dispatcher) -> None:
         """Put every method of every service on the server."""
@@ -88,7 +87,7 @@ class Api:
         )
         server.add_generic_rpc_handlers(
             tuple(
-                dispatcher.service(service, looking_again(handlers, self.catch_up))
+                dispatcher.service(service, looking_again(handlers, self.view.catch_up))
                 for service, handlers in services
             )
         )
