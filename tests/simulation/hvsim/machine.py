@@ -25,6 +25,7 @@ from hypervisor.core.ids import IdSource
 from hypervisor.core.model import Observation
 from hypervisor.core.states import InstanceType, NodeRole
 from hypervisor.server.failures import copy_of
+from hypervisor.v1 import cluster_pb2
 
 __all__ = ["Machine", "NoConsoles", "Runtime"]
 
@@ -155,6 +156,13 @@ class SimLink(GrpcClusterLink):
         if isinstance(error, Unavailable | DeadlineExceeded):
             await self._fail_over(server, error.reason)
         raise error
+
+    async def _beat(self, request: cluster_pb2.HeartbeatRequest) -> cluster_pb2.HeartbeatResponse:
+        # The simulated network has no streams: as with a server that is too old for them.
+        answer: cluster_pb2.HeartbeatResponse = await self._call(
+            "Heartbeat", request, cluster_pb2.HeartbeatResponse
+        )
+        return answer
 
 
 class _AgentServer:
