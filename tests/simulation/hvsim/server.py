@@ -156,7 +156,6 @@ class Server:
             images=plane.images,
             backups=plane.backups,
             explainer=plane.explainer,
-            backups=plane.backups,
             clock=self.clock,
             about=About(version="simulated", store_backend="etcd", started_at=self.clock.now()),
         ).register(cast(Any, collected), cast(Any, collected))
