@@ -270,7 +270,9 @@ class GroupCommitter:
                 self.commits += 1
                 self.decisions += len(entries)
                 self._tell(lane, CommitOutcome.COMMITTED, started, decisions=len(entries))
-                self.known.learn_commit(revision, tuple(batch.updates(revision)))
+                if not batch.only_looks:
+                    # What only compares takes no revision of its own: it is told another one's.
+                    self.known.learn_commit(revision, tuple(batch.updates(revision)))
                 self._resolve(entries, revision)
             case Conflicted(revision, current):
                 self._tell(lane, CommitOutcome.CONFLICTED, started, decisions=len(entries))

@@ -106,6 +106,11 @@ class Batch:
         """Whether there is nothing to commit."""
         return not self._writes and not self._refusals
 
+    @property
+    def only_looks(self) -> bool:
+        """Whether it changes nothing, and is committed for its compares alone."""
+        return not self._writes
+
     def draft(self) -> "Draft":
         """A working copy for the next decision."""
         return Draft(self)
