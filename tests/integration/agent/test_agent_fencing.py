@@ -18,6 +18,7 @@ from hvtest_agent_waiting import until
 from hvtest_cluster_double import ClusterDouble
 from hypervisor.agent.drivers.fake import FakeConfig, FakeDriver
 from hypervisor.agent.fencing.contact import CONTACT, Contact, ContactFile, boot_id
+from hypervisor.agent.fencing.guard import LOCK
 from hypervisor.agent.fencing.launching import GuardProcess
 from hypervisor.agent.fencing.marks import Marks, marked
 from hypervisor.agent.v1 import agent_pb2
@@ -28,6 +29,15 @@ from hypervisor.v1 import instance_pb2, node_pb2
 StartAgent = Callable[..., Any]
 RUNNING, STOPPED = instance_pb2.INSTANCE_STATUS_RUNNING, instance_pb2.INSTANCE_STATUS_STOPPED
 STOPS = instance_pb2.Availability(on_partition=instance_pb2.ON_PARTITION_STOP)
+
+
+@pytest.fixture(autouse=True)
+def _no_guard_is_left(tmp_path: Path) -> Iterator[None]:
+    """Guards outlive their agents, and stay while there is something to guard."""
+    yield
+    for lock in tmp_path.rglob(LOCK):
+        with suppress(ValueError, ProcessLookupError):
+            os.kill(int(lock.read_text("ascii")), signal.SIGKILL)
 
 
 def _create(availability: instance_pb2.Availability | None = STOPS) -> agent_pb2.CreateInstanceRequest:
