@@ -22,6 +22,7 @@ LINTED_PACKAGES = [
     "//tests/kvm",
     "//tests/microvm",
     "//tests/property",
+    "//tests/simulation",
     "//tests/support",
     "//tests/support/guest",
     "//tests/packaging",
