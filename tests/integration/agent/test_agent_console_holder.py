@@ -22,7 +22,8 @@ class Guest:
     """Prints numbered lines into a FIFO, as a guest whose terminal that is."""
 
     def __init__(self, fifo: Path) -> None:
-        self._fd = os.open(fifo, os.O_WRONLY)
+        # As what stands between a guest and its FIFO opens it: a moment without a reader ends nobody.
+        self._fd = os.open(fifo, os.O_RDWR)
         self.lines = 0
 
     async def print(self, count: int) -> bytes:
