@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,7 @@ def test_a_container_that_is_removed_by_hand_is_made_again_as_its_policy_says(
     remove(cluster, "web", "plain")
 
 
-def test_what_the_store_has_forgotten_runs_on_for_its_grace_and_is_then_removed(
+def test_what_the_store_has_forgotten_runs_on_until_it_is_said_to_be_of_no_use(
     cluster: ProgramCluster, image: str
 ) -> None:
     create(cluster, image, "forgotten")
@@ -161,6 +162,10 @@ def test_what_the_store_has_forgotten_runs_on_for_its_grace_and_is_then_removed(
     cluster.wait_ready()
 
     eventually(lambda: "orphan_kept" in cluster.server.text(), what="the orphan is seen")
+    time.sleep(12.0)  # its grace, and a look after that
     assert Path(f"/proc/{pid}").exists(), "it runs on"
+    cluster.server.terminate()
+    cluster.server.set("reconcile.keep_older", "false")
+    cluster.server.start()
     eventually(lambda: not Path(f"/proc/{pid}").exists(), what="it is removed", timeout_s=60.0)
     cluster.assert_nothing_left()

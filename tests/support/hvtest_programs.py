@@ -79,6 +79,10 @@ class Program:
                 start_new_session=True,
             )
 
+    def set(self, key: str, value: str) -> None:
+        """Override a key of its configuration from its next start on."""
+        self._command += ["--set", f"{key}={value}"]
+
     @property
     def running(self) -> bool:
         """Whether the process is there."""

@@ -1,7 +1,7 @@
 """What a node is to be made to have: one rule a test."""
 
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from msgspec import structs
@@ -72,6 +72,7 @@ def actions(
     deleted: Iterable[str] = (),
     orphans: Mapping[str, float] | None = None,
     working: frozenset[InstanceType] = frozenset(InstanceType),
+    records_since: datetime | None = None,
 ) -> tuple[NodeAction, ...]:
     return reconcile(
         NodeSituation(
@@ -85,6 +86,7 @@ def actions(
             orphans=orphans or {},
             monotonic_s=1000.0,
             orphan_grace_s=600.0,
+            records_since=records_since,
         )
     )
 
@@ -250,3 +252,19 @@ def test_one_whose_deletion_is_on_record_is_removed_at_once() -> None:
 
     assert isinstance(action, DeleteCopy)
     assert action.unknown
+
+
+@pytest.mark.parametrize(
+    ("started_at", "kind"),
+    [
+        (NOW - timedelta(seconds=1), KeepOrphan),
+        (None, KeepOrphan),
+        (NOW + timedelta(seconds=1), DeleteCopy),
+    ],
+)
+def test_one_without_a_record_that_is_older_than_the_store_or_its_restore_is_kept_for_good(
+    started_at: datetime | None, kind: type[NodeAction]
+) -> None:
+    (action,) = actions([], [seen(started_at=started_at)], orphans={"i-1": 0.0}, records_since=NOW)
+
+    assert isinstance(action, kind)

@@ -117,7 +117,9 @@ async def run_server(
                 reconciler=ReconcilerSettings(
                     retention_s=settings.operations.retention,
                     nodes=NodeReconcilerSettings(
-                        interval_s=settings.reconcile.interval, orphan_grace_s=settings.reconcile.orphan_grace
+                        interval_s=settings.reconcile.interval,
+                        orphan_grace_s=settings.reconcile.orphan_grace,
+                        keep_older=settings.reconcile.keep_older,
                     ),
                 ),
             ),

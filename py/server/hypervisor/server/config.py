@@ -163,7 +163,12 @@ class ReconcileSection(Section):
         default=600.0,
         ge=0,
         description="How long an instance on a node is left alone of which there is no record at all, before it is "
-        "deleted. Raise it before the store is restored from a backup.",
+        "deleted.",
+    )
+    keep_older: bool = pydantic.Field(
+        default=True,
+        description="Never delete such an instance where it is older than the store, or than its last restore: its "
+        "record was lost rather. False: once you know that all such instances can go.",
     )
     fence_margin: Duration = pydantic.Field(
         default=5.0,

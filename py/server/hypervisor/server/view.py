@@ -13,6 +13,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TypeVar
 
 import msgspec
@@ -172,6 +173,11 @@ class StoreView:
         """The cluster's id; empty before the first server has written it."""
         config = self._state.find(keys.CLUSTER_CONFIG)
         return config.value.cluster_id if config is not None else ""
+
+    def records_since(self) -> datetime | None:
+        """When the store was begun, or last restored; None before the first server has written it."""
+        config = self._state.find(keys.CLUSTER_CONFIG)
+        return None if config is None else config.value.restored_at or config.value.created_at
 
     @property
     def restoring(self) -> bool:

@@ -117,7 +117,8 @@ class NodeSituation:
     """One node at one moment. Times of orphans in seconds of a monotonic clock.
 
     ``working``: types of instances whose driver works there. ``deleted``: ids whose deletion, or failed creation, is on
-    record. ``orphans``: since when copies are known of which there is no record.
+    record. ``orphans``: since when copies are known of which there is no record. ``records_since``: since when the
+    store has every record there is, as it was begun or restored then; None: whatever is not on record is not wanted.
     """
 
     node_id: str
@@ -130,6 +131,7 @@ class NodeSituation:
     orphans: Mapping[str, float]
     monotonic_s: float
     orphan_grace_s: float
+    records_since: datetime | None = None
 
 
 def reconcile(situation: NodeSituation) -> tuple[NodeAction, ...]:
@@ -202,10 +204,18 @@ def _of_others(situation: NodeSituation) -> Iterator[NodeAction]:
 def _unknown(seen: Observation, situation: NodeSituation) -> NodeAction:
     if seen.instance_id in situation.deleted:
         return DeleteCopy(seen, "it was deleted, or its creation failed", unknown=True)
+    if situation.records_since is not None and not _began_after(seen, situation.records_since):
+        return KeepOrphan(
+            seen, "there is no record of it, and it is older than the store or its last restore"
+        )
     since = situation.orphans.get(seen.instance_id)
     if since is None or situation.monotonic_s - since < situation.orphan_grace_s:
         return KeepOrphan(seen, "there is no record of it")
     return DeleteCopy(seen, "there has been no record of it for reconcile.orphan_grace", unknown=True)
+
+
+def _began_after(seen: Observation, time: datetime) -> bool:
+    return seen.started_at is not None and seen.started_at > time
 
 
 def _newer(instance: Instance, seen: Observation) -> bool:

@@ -63,10 +63,12 @@ log = structlog.get_logger(__name__)
 @dataclass(frozen=True, slots=True)
 class NodeReconcilerSettings:
     """Times in seconds. ``again_s``: how soon a node is asked again where something is not settled; doubled, up to
-    ``interval_s``, while that does not help."""
+    ``interval_s``, while that does not help. ``keep_older``: never delete an instance without a record that is older
+    than the store or its last restore, as a lost record is the likelier cause."""
 
     interval_s: float = 60.0
     orphan_grace_s: float = 600.0
+    keep_older: bool = True
     again_s: float = 1.0
     timeout_s: float = 10.0
     at_once: int = 32
@@ -215,6 +217,7 @@ class NodeReconciler:
             orphans=self._turn(node.id).orphans,
             monotonic_s=self._clock.monotonic(),
             orphan_grace_s=self._settings.orphan_grace_s,
+            records_since=self._view.records_since() if self._settings.keep_older else None,
         )
 
     def _on_record_as_gone(self, instance_ids: set[str]) -> set[str]:
